@@ -1,0 +1,17 @@
+//! What Metal says about the GPUs of this machine.
+
+use candle_metal_kernels::metal::Device;
+use objc2_metal::MTLDevice;
+
+/// GPUs present.
+pub fn count() -> usize {
+    Device::all().len()
+}
+
+/// Bytes that the GPU can take on without slowing down, less what this process has allocated on it. `None` when there
+/// is no such GPU.
+pub fn free_memory(ordinal: usize) -> Option<u64> {
+    let device = Device::all().into_iter().nth(ordinal)?;
+    let raw = device.as_ref();
+    Some(raw.recommendedMaxWorkingSetSize().saturating_sub(raw.currentAllocatedSize() as u64))
+}

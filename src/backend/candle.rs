@@ -1,0 +1,103 @@
+//! The backend over candle's tensors: every device, and the readable reference for the faster ones.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::Tensor;
+
+use super::{MicroBatch, SequenceId, StageBackend, StageBytes, StageOutput};
+use crate::device::OpenDevice;
+use crate::error::{Error, Result};
+use crate::model::config::DecoderConfig;
+use crate::model::decoder::{Decoder, Input, Output, Rows};
+use crate::model::kv_cache::SequenceKv;
+use crate::weights::{WeightSource, WeightType};
+
+/// A run of decoder layers and the keys and values of the sequences that are open in it.
+pub struct CandleBackend {
+    decoder: Decoder,
+    device: OpenDevice,
+    weights: u64,
+    sequences: HashMap<SequenceId, SequenceKv>,
+}
+
+impl CandleBackend {
+    /// Loads the layers `range` to the device, tensor by tensor; `progress` hears of bytes as they arrive.
+    pub fn load(
+        source: &dyn WeightSource,
+        config: Arc<DecoderConfig>,
+        range: Range<usize>,
+        device: OpenDevice,
+        dense_type: Option<WeightType>,
+        progress: &dyn Fn(u64),
+    ) -> Result<Self> {
+        let loaded = std::cell::Cell::new(0);
+        let count = |bytes| {
+            loaded.set(loaded.get() + bytes);
+            progress(bytes);
+        };
+        let decoder = Decoder::load(source, config, range, &device.device, dense_type, &count)?;
+        Ok(CandleBackend { decoder, device, weights: loaded.get(), sequences: HashMap::new() })
+    }
+
+    fn run(&mut self, batch: &MicroBatch, input: Option<Tensor>) -> Result<StageOutput> {
+        // A sequence's KV leaves the table while the decoder has it: two slices of one sequence cannot alias.
+        let mut taken = Vec::with_capacity(batch.slices.len());
+        for slice in &batch.slices {
+            match self.sequences.remove(&slice.id) {
+                Some(kv) => taken.push((slice.id, kv)),
+                None => {
+                    self.sequences.extend(taken);
+                    return Err(Error::Tensors(format!("sequence {} is not open in this stage", slice.id.0)));
+                }
+            }
+        }
+        let mut rows: Vec<Rows> = batch
+            .slices
+            .iter()
+            .zip(&mut taken)
+            .map(|(slice, (_, kv))| Rows {
+                kv,
+                position: slice.position,
+                len: slice.len,
+                length: slice.length,
+                logits: slice.logits,
+            })
+            .collect();
+        let input = match input {
+            Some(activations) => Input::Activations(activations),
+            None => Input::Tokens(&batch.tokens),
+        };
+        let output = self.decoder.forward(input, &mut rows);
+        self.sequences.extend(taken);
+        Ok(match output? {
+            Output::Activations(x) => StageOutput::Activations(x),
+            Output::Logits(None) => StageOutput::Logits(Vec::new()),
+            Output::Logits(Some(logits)) => StageOutput::Logits(logits.to_vec2()?),
+        })
+    }
+}
+
+impl StageBackend for CandleBackend {
+    fn open(&mut self, id: SequenceId, capacity: usize) -> Result<()> {
+        let kv = self.decoder.new_kv(capacity)?;
+        self.sequences.insert(id, kv);
+        Ok(())
+    }
+
+    fn close(&mut self, id: SequenceId) {
+        self.sequences.remove(&id);
+    }
+
+    fn forward(&mut self, batch: &MicroBatch, input: Option<Tensor>) -> Result<StageOutput> {
+        match self.device.pool.clone() {
+            Some(pool) => pool.install(|| self.run(batch, input)),
+            None => self.run(batch, input),
+        }
+    }
+
+    fn bytes(&self) -> StageBytes {
+        StageBytes { weights: self.weights, kv: self.sequences.values().map(SequenceKv::bytes).sum() }
+    }
+}

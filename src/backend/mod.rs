@@ -1,0 +1,73 @@
+//! The seam between a pipeline and what computes: [`StageBackend`] is one stage's layers, weights and KV on one device.
+//! A [`MicroBatch`] is plain data that names sequences and positions, so that it could cross a wire.
+
+mod candle;
+
+pub use candle::CandleBackend;
+
+use candle_core::Tensor;
+
+use crate::error::Result;
+
+/// Names a sequence in every stage. Never used twice within an executor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SequenceId(pub u64);
+
+/// A run of consecutive positions of one sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SequenceSlice {
+    /// The sequence.
+    pub id: SequenceId,
+    /// Position of the first row.
+    pub position: usize,
+    /// Number of rows.
+    pub len: usize,
+    /// Length of the sequence as far as it is known: the whole prompt in prefill, `position + 1` in decode. Rotary
+    /// embeddings that depend on the length ask for it.
+    pub length: usize,
+    /// Whether the logits of the last row are wanted.
+    pub logits: bool,
+}
+
+/// Rows of one or more sequences that pass through the stages together.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct MicroBatch {
+    /// The runs, in the order of the rows.
+    pub slices: Vec<SequenceSlice>,
+    /// Token ids, one a row.
+    pub tokens: Vec<u32>,
+}
+
+/// What a stage passes on.
+#[derive(Debug, Clone)]
+pub enum StageOutput {
+    /// For the next stage: (rows, hidden_size).
+    Activations(Tensor),
+    /// From the last stage: one vector of `vocab_size` values for each slice that wanted logits, in order.
+    Logits(Vec<Vec<f32>>),
+}
+
+/// Bytes that a stage holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StageBytes {
+    /// Weights.
+    pub weights: u64,
+    /// Keys and values of open sequences.
+    pub kv: u64,
+}
+
+/// One stage's layers, weights and KV on one device. Owned by the stage's thread alone.
+pub trait StageBackend: Send {
+    /// Sets aside KV for `capacity` positions.
+    fn open(&mut self, id: SequenceId, capacity: usize) -> Result<()>;
+
+    /// Frees the sequence's KV. Unknown ids are ignored: a sequence may end before this stage heard of it.
+    fn close(&mut self, id: SequenceId);
+
+    /// Runs the rows of `batch` through the stage. `input` is the previous stage's output on this stage's device, `None`
+    /// for the first stage, which starts from the tokens.
+    fn forward(&mut self, batch: &MicroBatch, input: Option<Tensor>) -> Result<StageOutput>;
+
+    /// Bytes held now.
+    fn bytes(&self) -> StageBytes;
+}

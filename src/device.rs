@@ -1,0 +1,306 @@
+//! Devices: how they are named, opened once each, and how much memory they have.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use candle_core::Device;
+
+use crate::error::{Error, Result};
+
+/// A device as a user names it: `cpu`, `cpu@threads=2`, `cuda:0`, `metal:0`.
+///
+/// ```
+/// use candle_pipeline::DeviceSpec;
+/// let devices = DeviceSpec::parse_list("cuda:0,cpu@threads=4").unwrap();
+/// assert_eq!(devices, [DeviceSpec::Cuda(0), DeviceSpec::Cpu { threads: Some(4) }]);
+/// assert_eq!(devices[1].to_string(), "cpu@threads=4");
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum DeviceSpec {
+    /// The processor. Stages without a thread count share one pool over all cores; a stage with one has its own pool.
+    Cpu {
+        /// Threads of the stage's own pool.
+        threads: Option<usize>,
+    },
+    /// An NVIDIA GPU by its ordinal.
+    Cuda(usize),
+    /// An Apple GPU by its ordinal.
+    Metal(usize),
+}
+
+impl DeviceSpec {
+    /// The processor with the pool that all such stages share.
+    pub const CPU: DeviceSpec = DeviceSpec::Cpu { threads: None };
+
+    /// Parses names separated by commas.
+    pub fn parse_list(list: &str) -> Result<Vec<DeviceSpec>> {
+        list.split(',').map(|name| name.trim().parse()).collect()
+    }
+
+    /// The kind of device without its number. Stages of one kind compute bit-equal results.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            DeviceSpec::Cpu { .. } => "cpu",
+            DeviceSpec::Cuda(_) => "cuda",
+            DeviceSpec::Metal(_) => "metal",
+        }
+    }
+
+    /// What holds the memory: all CPU stages share the host's.
+    pub(crate) fn physical(&self) -> DeviceSpec {
+        match self {
+            DeviceSpec::Cpu { .. } => DeviceSpec::CPU,
+            gpu => *gpu,
+        }
+    }
+}
+
+impl fmt::Display for DeviceSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DeviceSpec::Cpu { threads: None } => f.write_str("cpu"),
+            DeviceSpec::Cpu { threads: Some(n) } => write!(f, "cpu@threads={n}"),
+            DeviceSpec::Cuda(n) => write!(f, "cuda:{n}"),
+            DeviceSpec::Metal(n) => write!(f, "metal:{n}"),
+        }
+    }
+}
+
+impl FromStr for DeviceSpec {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        let refuse = |why: &str| {
+            Err(Error::option("devices", format!("`{name}` {why}; write cpu, cpu@threads=N, cuda:N or metal:N")))
+        };
+        if name == "cpu" {
+            return Ok(DeviceSpec::CPU);
+        }
+        if let Some(threads) = name.strip_prefix("cpu@threads=") {
+            return match threads.parse() {
+                Ok(threads @ 1..=1024) => Ok(DeviceSpec::Cpu { threads: Some(threads) }),
+                _ => refuse("needs a thread count from 1 to 1024"),
+            };
+        }
+        let (kind, ordinal) = name.split_once(':').unwrap_or((name, "0"));
+        match (kind, ordinal.parse()) {
+            ("cuda", Ok(ordinal)) => Ok(DeviceSpec::Cuda(ordinal)),
+            ("metal", Ok(ordinal)) => Ok(DeviceSpec::Metal(ordinal)),
+            ("cuda" | "metal", Err(_)) => refuse("has a device number that is not one"),
+            _ => refuse("is no device"),
+        }
+    }
+}
+
+/// The threads that a CPU stage computes on.
+pub type ThreadPool = Arc<rayon::ThreadPool>;
+
+/// A device that has been opened: candle's handle, and for a CPU the stage's threads.
+#[derive(Clone)]
+pub struct OpenDevice {
+    /// As the user named it.
+    pub spec: DeviceSpec,
+    /// Candle's handle; clones of it are the same device, opening twice would not be.
+    pub device: Device,
+    /// The threads of a CPU stage, `None` on a GPU.
+    pub pool: Option<ThreadPool>,
+}
+
+impl fmt::Debug for OpenDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "OpenDevice({})", self.spec)
+    }
+}
+
+impl OpenDevice {
+    /// Opens the devices of all stages: one candle device for each physical one, one shared thread pool for the stages
+    /// named plain `cpu`, and a pool of its own for each `cpu@threads=N`. A device that is not there is an error.
+    pub fn open_all(specs: &[DeviceSpec]) -> Result<Vec<OpenDevice>> {
+        let mut gpus: BTreeMap<DeviceSpec, Device> = BTreeMap::new();
+        let mut shared_pool: Option<ThreadPool> = None;
+        let mut open = Vec::with_capacity(specs.len());
+        for &spec in specs {
+            let opened = match spec {
+                DeviceSpec::Cpu { threads } => {
+                    let pool = match (threads, &shared_pool) {
+                        (None, Some(pool)) => pool.clone(),
+                        (None, None) => shared_pool.insert(new_pool(available_threads())?).clone(),
+                        (Some(threads), _) => new_pool(threads)?,
+                    };
+                    OpenDevice { spec, device: Device::Cpu, pool: Some(pool) }
+                }
+                gpu => {
+                    let device = match gpus.get(&gpu) {
+                        Some(device) => device.clone(),
+                        None => gpus.entry(gpu).or_insert(open_gpu(gpu)?).clone(),
+                    };
+                    OpenDevice { spec, device, pool: None }
+                }
+            };
+            open.push(opened);
+        }
+        Ok(open)
+    }
+
+    /// Waits until the device has done all it was given.
+    pub fn synchronize(&self) -> Result<()> {
+        Ok(self.device.synchronize()?)
+    }
+}
+
+/// The devices that can be opened on this machine with the features of this build.
+pub fn present_devices() -> Vec<DeviceSpec> {
+    let mut present = vec![DeviceSpec::CPU];
+    present.extend((0..cuda_count()).map(DeviceSpec::Cuda));
+    present.extend((0..metal_count()).map(DeviceSpec::Metal));
+    present
+}
+
+/// Bytes that can still be allocated on the device now.
+pub fn free_memory(spec: DeviceSpec) -> Result<u64> {
+    match spec {
+        DeviceSpec::Cpu { .. } => {
+            let mut system = sysinfo::System::new();
+            system.refresh_memory();
+            // A container's limit counts where it is lower than the machine's memory.
+            let limit = system.cgroup_limits().map(|limits| limits.free_memory).filter(|&free| free > 0);
+            Ok(limit.unwrap_or(u64::MAX).min(system.available_memory()))
+        }
+        DeviceSpec::Cuda(ordinal) => cuda_free_memory(ordinal),
+        DeviceSpec::Metal(ordinal) => metal_free_memory(ordinal),
+    }
+}
+
+/// Cores that this process may run on.
+fn available_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get())
+}
+
+fn new_pool(threads: usize) -> Result<ThreadPool> {
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .thread_name(|i| format!("pipeline-cpu-{i}"))
+        .build()
+        .map(Arc::new)
+        .map_err(|e| Error::option("devices", format!("cannot start {threads} CPU threads: {e}")))
+}
+
+fn open_gpu(spec: DeviceSpec) -> Result<Device> {
+    let unavailable = |reason: String| {
+        let present: Vec<String> = present_devices().iter().map(DeviceSpec::to_string).collect();
+        Error::DeviceUnavailable { device: spec.to_string(), reason, present: present.join(", ") }
+    };
+    match spec {
+        DeviceSpec::Cpu { .. } => Ok(Device::Cpu),
+        DeviceSpec::Cuda(_) if cfg!(not(feature = "cuda")) => {
+            Err(unavailable("this build lacks the feature `cuda`".into()))
+        }
+        DeviceSpec::Metal(_) if cfg!(not(all(feature = "metal", target_os = "macos"))) => {
+            Err(unavailable("this build lacks the feature `metal` (macOS only)".into()))
+        }
+        // A stream of its own: candle's default one belongs to the thread that uses it, and the stage is another thread.
+        DeviceSpec::Cuda(ordinal) => {
+            if ordinal >= cuda_count() {
+                return Err(unavailable(format!("there are {} CUDA devices", cuda_count())));
+            }
+            Device::new_cuda_with_stream(ordinal).map_err(|e| unavailable(e.to_string()))
+        }
+        DeviceSpec::Metal(ordinal) => {
+            if ordinal >= metal_count() {
+                return Err(unavailable(format!("there are {} Metal devices", metal_count())));
+            }
+            Device::new_metal(ordinal).map_err(|e| unavailable(e.to_string()))
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn cuda_count() -> usize {
+    // Loading the driver library panics where there is none; a machine without a driver has no device.
+    let count = std::panic::catch_unwind(candle_core::cuda_backend::cudarc::driver::CudaContext::device_count);
+    count.ok().and_then(|count| count.ok()).map_or(0, |count| count.max(0) as usize)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda_count() -> usize {
+    0
+}
+
+#[cfg(feature = "cuda")]
+fn cuda_free_memory(ordinal: usize) -> Result<u64> {
+    let context = candle_core::cuda_backend::cudarc::driver::CudaContext::new(ordinal);
+    let free = context.and_then(|context| context.mem_get_info());
+    free.map(|(free, _total)| free as u64).map_err(|e| Error::Tensors(format!("memory of cuda:{ordinal}: {e}")))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda_free_memory(_ordinal: usize) -> Result<u64> {
+    Ok(0)
+}
+
+#[cfg(all(feature = "metal", target_os = "macos"))]
+fn metal_count() -> usize {
+    metal_ext::device::count()
+}
+
+#[cfg(not(all(feature = "metal", target_os = "macos")))]
+fn metal_count() -> usize {
+    0
+}
+
+#[cfg(all(feature = "metal", target_os = "macos"))]
+fn metal_free_memory(ordinal: usize) -> Result<u64> {
+    Ok(metal_ext::device::free_memory(ordinal).unwrap_or(0))
+}
+
+#[cfg(not(all(feature = "metal", target_os = "macos")))]
+fn metal_free_memory(_ordinal: usize) -> Result<u64> {
+    Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip() {
+        for name in ["cpu", "cpu@threads=3", "cuda:1", "metal:0"] {
+            assert_eq!(name.parse::<DeviceSpec>().unwrap().to_string(), name);
+        }
+        assert_eq!("cuda".parse::<DeviceSpec>().unwrap(), DeviceSpec::Cuda(0));
+    }
+
+    #[test]
+    fn bad_names_are_refused_with_the_good_ones() {
+        for name in ["", "gpu", "cpu:", "cpu@threads=0", "cpu@threads=x", "cuda:-1", "metal:x", "cpu@cores=2"] {
+            let message = name.parse::<DeviceSpec>().unwrap_err().to_string();
+            assert!(message.contains(&format!("`{name}`")) && message.contains("cuda:N"), "{message}");
+        }
+    }
+
+    #[test]
+    fn an_absent_device_is_an_error_that_lists_those_present() {
+        let absent = [DeviceSpec::Cuda(99), DeviceSpec::Metal(99)];
+        for spec in absent {
+            let message = OpenDevice::open_all(&[DeviceSpec::CPU, spec]).unwrap_err().to_string();
+            assert!(message.contains(&spec.to_string()) && message.contains("present here: cpu"), "{message}");
+        }
+    }
+
+    #[test]
+    fn plain_cpu_stages_share_a_pool_and_counted_ones_do_not() {
+        let specs = DeviceSpec::parse_list("cpu,cpu,cpu@threads=1,cpu@threads=1").unwrap();
+        let open = OpenDevice::open_all(&specs).unwrap();
+        let pool = |i: usize| open[i].pool.as_ref().unwrap();
+        assert!(Arc::ptr_eq(pool(0), pool(1)));
+        assert!(!Arc::ptr_eq(pool(2), pool(3)));
+        assert_eq!(pool(2).current_num_threads(), 1);
+    }
+
+    #[test]
+    fn the_host_has_free_memory() {
+        assert!(free_memory(DeviceSpec::CPU).unwrap() > 1 << 20);
+    }
+}

@@ -1,0 +1,586 @@
+//! The part that applications talk to: loads a planned pipeline, keeps its threads, and serves requests from any number
+//! of async tasks. Async is only at this edge: the work is done on named std threads, and no runtime is started.
+
+pub mod options;
+pub mod sampler;
+pub mod scheduler;
+pub mod stream;
+pub mod tokenizer;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, SyncSender};
+use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+
+use self::options::{FinishReason, GenerationOptions, TokenLogprob};
+use self::scheduler::{GenerationEvent, Limits, Message, Request, Scheduler, capacity};
+use self::stream::{GenerationStream, TextStream, TokenStream};
+use self::tokenizer::{ChatMessage, Tokenizer};
+use crate::backend::{CandleBackend, SequenceId, StageBackend};
+use crate::device::DeviceSpec;
+use crate::error::{Error, Result};
+use crate::instrument::Probe;
+use crate::model::config::RopeScaling;
+use crate::pipeline::transfer::Link;
+use crate::pipeline::worker::{Next, StageCounters, StageMessage, Worker, inbox, panic_message};
+use crate::pipeline::{HeterogeneousPipeline, StagePlan};
+use crate::weights::hub::{self, ModelFiles};
+
+/// Makes a stage's backend into another one, on the stage's thread: for backends of one's own, and for tests.
+pub type WrapBackend = Arc<dyn Fn(usize, Box<dyn StageBackend>) -> Box<dyn StageBackend> + Send + Sync>;
+
+/// Hears of loading: bytes in place and bytes in all, over all stages.
+pub type Progress = Arc<dyn Fn(u64, u64) + Send + Sync>;
+
+/// How an executor runs. `Default` suits most.
+#[derive(Clone)]
+pub struct ExecutorOptions {
+    /// Prompt positions computed in one step. A larger number is faster, a smaller one lets other requests in between
+    /// sooner and cancels sooner.
+    pub prefill_chunk: usize,
+    /// Hears of events. Off costs nothing.
+    pub probe: Probe,
+    /// Hears of loading.
+    pub progress: Option<Progress>,
+    /// Wraps each stage's backend.
+    pub wrap_backend: Option<WrapBackend>,
+}
+
+impl Default for ExecutorOptions {
+    fn default() -> Self {
+        ExecutorOptions { prefill_chunk: 256, probe: Probe::default(), progress: None, wrap_backend: None }
+    }
+}
+
+/// Runs a planned model. Handles are cheap to clone and may be used from many tasks at once; when the last one is
+/// dropped the stages finish the step they are in and their threads are joined.
+///
+/// ```
+/// # tokio_test(async {
+/// use candle_pipeline::{DEMO_MODEL, DeviceSpec, HeterogeneousPipeline, HeterogeneousPipelineExecutor};
+/// let devices = DeviceSpec::parse_list("cpu,cpu")?;
+/// let pipeline = HeterogeneousPipeline::new(&devices, DEMO_MODEL)?;
+/// let executor = HeterogeneousPipelineExecutor::new(pipeline, DEMO_MODEL).await?;
+/// let tokenizer = executor.tokenizer().unwrap();
+/// let prompt = tokenizer.encode("Once upon a time", true)?;
+/// let tokens = executor.infer(&prompt, 20, 0.0, 1.0).await?;
+/// assert_eq!(tokens.len(), 20);
+/// # Ok::<_, candle_pipeline::Error>(()) }).unwrap();
+/// # fn tokio_test<F: std::future::Future>(f: F) -> F::Output {
+/// #     tokio::runtime::Runtime::new().unwrap().block_on(f)
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct HeterogeneousPipelineExecutor {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    scheduler: Sender<Message>,
+    threads: Vec<JoinHandle<()>>,
+    pipeline: HeterogeneousPipeline,
+    counters: Vec<Arc<StageCounters>>,
+    tokenizer: Option<Tokenizer>,
+    failed: Arc<OnceLock<Error>>,
+    next_id: AtomicU64,
+    load_time: Duration,
+}
+
+/// What one generation gave.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Generation {
+    /// Generated token ids. An end-of-sequence or stop token that ended it is the last one, as in transformers.
+    pub tokens: Vec<u32>,
+    /// Generated text without special tokens, up to a stop string; empty for the forms that take and give tokens only.
+    pub text: String,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// For each token, when asked for.
+    pub logprobs: Vec<TokenLogprob>,
+    /// Logits of the last prompt position, when asked for.
+    pub prompt_logits: Option<Vec<f32>>,
+    /// From submission to the first token.
+    pub time_to_first_token: Duration,
+    /// From submission to the end.
+    pub total_time: Duration,
+}
+
+/// What warming up did.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WarmupReport {
+    /// Positions of the prompt that was computed.
+    pub prefill_tokens: usize,
+    /// Steps of one token.
+    pub decode_steps: usize,
+    /// Time it took in all.
+    pub duration: Duration,
+    /// Device and computing time of each stage.
+    pub stages: Vec<(DeviceSpec, Duration)>,
+}
+
+/// Bytes that a stage holds now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StageMemory {
+    /// Where it runs.
+    pub device: DeviceSpec,
+    /// Weights.
+    pub weights: u64,
+    /// KV of open sequences.
+    pub kv: u64,
+    /// KV that there may be.
+    pub kv_budget: u64,
+}
+
+impl HeterogeneousPipelineExecutor {
+    /// Loads each stage's weights on a thread of its own and starts serving. `model` must be the one that `pipeline`
+    /// was planned for.
+    pub async fn new(pipeline: HeterogeneousPipeline, model: &str) -> Result<Self> {
+        Self::with_options(pipeline, model, ExecutorOptions::default()).await
+    }
+
+    /// The same with options.
+    pub async fn with_options(pipeline: HeterogeneousPipeline, model: &str, options: ExecutorOptions) -> Result<Self> {
+        if options.prefill_chunk == 0 {
+            return Err(Error::option("prefill_chunk", "is 0, at least 1 is needed"));
+        }
+        let (done, loaded) = tokio::sync::oneshot::channel();
+        let model = model.to_string();
+        // Loading blocks, so it has a thread; the executor it makes comes back through the channel.
+        let starter = std::thread::Builder::new().name("pipeline-load".into());
+        let started = starter.spawn(move || {
+            let _ = done.send(Self::start(pipeline, &model, options));
+        });
+        started.map_err(|e| Error::Tensors(format!("cannot start a thread: {e}")))?;
+        loaded.await.map_err(|_| Error::Stopped)?
+    }
+
+    fn start(pipeline: HeterogeneousPipeline, model: &str, options: ExecutorOptions) -> Result<Self> {
+        let began = Instant::now();
+        let files = hub::locate(model)?;
+        if files != *pipeline.model() {
+            let planned = format!("{:?}", pipeline.model());
+            return Err(Error::option("model", format!("the pipeline was planned for {planned}, not for `{model}`")));
+        }
+        let tokenizer = match &files {
+            ModelFiles::HuggingFace { dir } => Tokenizer::from_hf_dir(dir)?,
+            ModelFiles::Gguf { file } => Tokenizer::from_gguf(file)?,
+        };
+        let failed = Arc::new(OnceLock::new());
+        let (to_scheduler, scheduler_inbox) = std::sync::mpsc::channel();
+        let Stages { first, mut threads, counters } = start_stages(&pipeline, &options, &to_scheduler)?;
+
+        let config = pipeline.config();
+        let limits = Limits {
+            context_length: pipeline.context_length(),
+            prefill_chunk: options.prefill_chunk,
+            kv: pipeline.stages().iter().map(|stage| (stage.kv_bytes_per_token, stage.kv_budget)).collect(),
+            eos_token_ids: config.eos_token_ids.clone(),
+            recompute_at: match &config.rope.scaling {
+                RopeScaling::LongRope { original_max_position_embeddings, .. } => {
+                    Some(original_max_position_embeddings + 1)
+                }
+                _ => None,
+            },
+        };
+        let scheduler = Scheduler::new(limits, scheduler_inbox, first, options.probe.clone(), failed.clone());
+        // The scheduler first: joining it drops the way into the first stage, which lets the stages end in turn.
+        threads.insert(0, spawn("pipeline-scheduler".into(), move || scheduler.run())?);
+        let inner = Inner {
+            scheduler: to_scheduler,
+            threads,
+            pipeline,
+            counters,
+            tokenizer,
+            failed,
+            next_id: AtomicU64::new(0),
+            load_time: began.elapsed(),
+        };
+        Ok(HeterogeneousPipelineExecutor { inner: Arc::new(inner) })
+    }
+
+    /// Runs a prompt and a few tokens through every stage, so that kernels are compiled, packs built and caches touched
+    /// before the first request. Leaves no trace in later results.
+    pub async fn warmup(&self) -> Result<WarmupReport> {
+        const PREFILL: usize = 32;
+        const DECODE: usize = 2;
+        let began = Instant::now();
+        let compute = || -> Vec<u64> {
+            self.inner.counters.iter().map(|counters| counters.compute_ns.load(Ordering::Relaxed)).collect()
+        };
+        let before = compute();
+        let context = self.inner.pipeline.context_length();
+        let prefill = PREFILL.min(context.saturating_sub(DECODE)).max(1);
+        let decode = DECODE.min(context.saturating_sub(prefill));
+        let options = GenerationOptions { ignore_eos: true, ..GenerationOptions::new(decode + 1, 0.0, 1.0) };
+        self.infer_with(&vec![0; prefill], &options).await?;
+        let stages = self.inner.pipeline.stages().iter().zip(compute()).zip(before);
+        Ok(WarmupReport {
+            prefill_tokens: prefill,
+            decode_steps: decode,
+            duration: began.elapsed(),
+            stages: stages.map(|((stage, after), before)| (stage.device, Duration::from_nanos(after - before))).collect(),
+        })
+    }
+
+    /// Generates up to `max_tokens` tokens and returns them without the prompt. `temperature` 0 is greedy, `top_p` 1
+    /// cuts nothing.
+    pub async fn infer(&self, ids: &[u32], max_tokens: usize, temperature: f32, top_p: f32) -> Result<Vec<u32>> {
+        let options = GenerationOptions::new(max_tokens, temperature, top_p);
+        Ok(self.infer_with(ids, &options).await?.tokens)
+    }
+
+    /// Generates for each prompt on its own; outputs in the order of the prompts. The first error ends all.
+    pub async fn infer_batch(
+        &self,
+        sequences: &[Vec<u32>],
+        max_tokens: usize,
+        temperature: f32,
+        top_p: f32,
+    ) -> Result<Vec<Vec<u32>>> {
+        let options = GenerationOptions::new(max_tokens, temperature, top_p);
+        let generations = self.infer_batch_with(sequences, &options).await?;
+        Ok(generations.into_iter().map(|generation| generation.tokens).collect())
+    }
+
+    /// Generates as a stream of token ids. Dropping the stream stops the work.
+    pub fn infer_stream(&self, ids: Vec<u32>, max_tokens: usize, temperature: f32, top_p: f32) -> TokenStream {
+        TokenStream(self.infer_stream_with(ids, &GenerationOptions::new(max_tokens, temperature, top_p)))
+    }
+
+    /// [`infer`](Self::infer) with all options.
+    pub async fn infer_with(&self, ids: &[u32], options: &GenerationOptions) -> Result<Generation> {
+        collect(self.submit(ids.to_vec(), options, !options.stop_strings.is_empty())).await
+    }
+
+    /// [`infer_batch`](Self::infer_batch) with all options. A given seed counts up over the prompts, so that equal
+    /// prompts differ.
+    pub async fn infer_batch_with(
+        &self,
+        sequences: &[Vec<u32>],
+        options: &GenerationOptions,
+    ) -> Result<Vec<Generation>> {
+        let runs = sequences.iter().enumerate().map(|(index, ids)| {
+            let seed = options.seed.map(|seed| seed.wrapping_add(index as u64));
+            let options = GenerationOptions { seed, ..options.clone() };
+            // All are submitted before the first is awaited, so that they run side by side.
+            collect(self.submit(ids.clone(), &options, !options.stop_strings.is_empty()))
+        });
+        futures::future::try_join_all(runs).await
+    }
+
+    /// [`infer_stream`](Self::infer_stream) with all options.
+    pub fn infer_stream_with(&self, ids: Vec<u32>, options: &GenerationOptions) -> GenerationStream {
+        self.submit(ids, options, !options.stop_strings.is_empty())
+    }
+
+    /// Generates text from a prompt. Needs a model with a tokenizer.
+    pub async fn infer_text(&self, prompt: &str, options: &GenerationOptions) -> Result<Generation> {
+        let ids = self.needed_tokenizer()?.encode(prompt, true)?;
+        collect(self.submit(ids, options, true)).await
+    }
+
+    /// Generates text as a stream of pieces, each of whole characters. Needs a model with a tokenizer.
+    pub fn infer_text_stream(&self, prompt: &str, options: &GenerationOptions) -> TextStream {
+        let ids = self.needed_tokenizer().and_then(|tokenizer| tokenizer.encode(prompt, true));
+        TextStream(self.submit_encoded(ids, options))
+    }
+
+    /// Answers a chat as a stream of text. Needs a model with a tokenizer and a chat template.
+    pub fn chat_stream(&self, messages: &[ChatMessage], options: &GenerationOptions) -> TextStream {
+        TextStream(self.chat_stream_with(messages, options))
+    }
+
+    /// [`chat_stream`](Self::chat_stream) with tokens and text of each step.
+    pub fn chat_stream_with(&self, messages: &[ChatMessage], options: &GenerationOptions) -> GenerationStream {
+        let ids = self.needed_tokenizer().and_then(|tokenizer| tokenizer.encode_chat(messages));
+        self.submit_encoded(ids, options)
+    }
+
+    /// [`infer_stream_with`](Self::infer_stream_with) whose tokens carry their text. Needs a model with a tokenizer.
+    pub fn infer_stream_with_text(&self, ids: Vec<u32>, options: &GenerationOptions) -> GenerationStream {
+        self.submit(ids, options, true)
+    }
+
+    /// The model's tokenizer, if it has one.
+    pub fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.inner.tokenizer.as_ref()
+    }
+
+    /// The plan it runs.
+    pub fn pipeline(&self) -> &HeterogeneousPipeline {
+        &self.inner.pipeline
+    }
+
+    /// The stages, in the order in which tokens pass them.
+    pub fn stages(&self) -> &[StagePlan] {
+        self.inner.pipeline.stages()
+    }
+
+    /// What each stage holds now.
+    pub fn memory(&self) -> Vec<StageMemory> {
+        let counters = self.inner.counters.iter();
+        counters
+            .zip(self.stages())
+            .map(|(counters, stage)| StageMemory {
+                device: stage.device,
+                weights: counters.weight_bytes.load(Ordering::Relaxed),
+                kv: counters.kv_bytes.load(Ordering::Relaxed),
+                kv_budget: stage.kv_budget,
+            })
+            .collect()
+    }
+
+    /// Time that loading took.
+    pub fn load_time(&self) -> Duration {
+        self.inner.load_time
+    }
+
+    /// The error that stopped the executor, if a stage has died. Nothing can be generated after that; build a new one.
+    pub fn failure(&self) -> Option<&Error> {
+        self.inner.failed.get()
+    }
+
+    fn needed_tokenizer(&self) -> Result<&Tokenizer> {
+        let missing = "the model has no tokenizer (tokenizer.json, or tokenizer.ggml.* in GGUF); use token ids";
+        self.inner.tokenizer.as_ref().ok_or_else(|| Error::Tokenizer(missing.into()))
+    }
+
+    fn submit_encoded(&self, ids: Result<Vec<u32>>, options: &GenerationOptions) -> GenerationStream {
+        match ids {
+            Ok(ids) => self.submit(ids, options, true),
+            Err(error) => GenerationStream::refused(error, self.inner.scheduler.clone()),
+        }
+    }
+
+    fn submit(&self, ids: Vec<u32>, options: &GenerationOptions, text: bool) -> GenerationStream {
+        match self.try_submit(ids, options, text) {
+            Ok(stream) => stream,
+            Err(error) => GenerationStream::refused(error, self.inner.scheduler.clone()),
+        }
+    }
+
+    fn try_submit(&self, prompt: Vec<u32>, options: &GenerationOptions, text: bool) -> Result<GenerationStream> {
+        options.validate()?;
+        if let Some(error) = self.failure() {
+            return Err(error.clone());
+        }
+        let pipeline = &self.inner.pipeline;
+        let (vocab_size, context_length) = (pipeline.config().vocab_size, pipeline.context_length());
+        if prompt.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
+        if let Some(position) = prompt.iter().position(|&token| token as usize >= vocab_size) {
+            return Err(Error::TokenOutOfRange { token: prompt[position], position, vocab_size });
+        }
+        if prompt.len() >= context_length {
+            return Err(Error::PromptTooLong { prompt_tokens: prompt.len(), context_length });
+        }
+        let tokens = capacity(prompt.len(), options.max_tokens, context_length);
+        for (index, stage) in pipeline.stages().iter().enumerate() {
+            let needed = stage.kv_bytes_per_token.saturating_mul(tokens as u64);
+            if needed > stage.kv_budget {
+                return Err(Error::KvCacheTooSmall {
+                    stage: index,
+                    device: stage.device.to_string(),
+                    tokens,
+                    needed,
+                    available: stage.kv_budget,
+                    tokens_that_fit: (stage.kv_budget / stage.kv_bytes_per_token.max(1)) as usize,
+                });
+            }
+        }
+        let text = match text {
+            true => Some(self.needed_tokenizer()?.clone()),
+            false => None,
+        };
+        let id = SequenceId(self.inner.next_id.fetch_add(1, Ordering::Relaxed));
+        let (events, receiver) = tokio::sync::mpsc::unbounded_channel();
+        let seed = options.seed.unwrap_or_else(rand::random);
+        let request = Request { id, prompt, options: options.clone(), seed, text, events };
+        let scheduler = &self.inner.scheduler;
+        scheduler.send(Message::Submit(Box::new(request))).map_err(|_| Error::Stopped)?;
+        Ok(GenerationStream::live(id, receiver, scheduler.clone()))
+    }
+}
+
+impl std::fmt::Debug for HeterogeneousPipelineExecutor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HeterogeneousPipelineExecutor").field("stages", &self.stages()).finish()
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let _ = self.scheduler.send(Message::Shutdown);
+        for thread in self.threads.drain(..) {
+            // A thread that panicked has told its callers so already.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Awaits all of a generation.
+async fn collect(mut stream: GenerationStream) -> Result<Generation> {
+    let (mut tokens, mut text, mut logprobs, mut prompt_logits) = (Vec::new(), String::new(), Vec::new(), None);
+    while let Some(event) = stream.next().await {
+        match event? {
+            GenerationEvent::Prefilled { logits } => prompt_logits = logits,
+            GenerationEvent::Token(token) => {
+                tokens.push(token.id);
+                text.push_str(&token.text);
+                logprobs.extend(token.logprob);
+            }
+            GenerationEvent::Finished(finish) => {
+                text.push_str(&finish.text);
+                return Ok(Generation {
+                    tokens,
+                    text,
+                    finish_reason: finish.reason,
+                    logprobs,
+                    prompt_logits,
+                    time_to_first_token: finish.time_to_first_token,
+                    total_time: finish.total_time,
+                });
+            }
+        }
+    }
+    Err(Error::Stopped)
+}
+
+struct Stages {
+    first: SyncSender<StageMessage>,
+    threads: Vec<JoinHandle<()>>,
+    counters: Vec<Arc<StageCounters>>,
+}
+
+/// Starts a thread for each stage, which loads its own weights, and waits until all have.
+fn start_stages(
+    pipeline: &HeterogeneousPipeline,
+    options: &ExecutorOptions,
+    to_scheduler: &Sender<Message>,
+) -> Result<Stages> {
+    let count = pipeline.stages().len();
+    let total = pipeline.stages().iter().map(|stage| stage.weight_bytes).sum();
+    let loaded = Arc::new(AtomicU64::new(0));
+    let (ready, readiness) = std::sync::mpsc::channel();
+    let mut threads = Vec::with_capacity(count);
+    let mut counters = vec![Arc::default(); count];
+    // From the last stage to the first, since each is given the way into the next.
+    let mut next: Option<SyncSender<StageMessage>> = None;
+    for stage in (0..count).rev() {
+        let (sender, stage_inbox) = inbox(count);
+        let device = pipeline.devices()[stage].clone();
+        let way_on = match next.take() {
+            None => Next::Scheduler,
+            Some(sender) => {
+                Next::Stage(sender, Link::new(&device.device, &pipeline.devices()[stage + 1].device)?)
+            }
+        };
+        let counter: Arc<StageCounters> = Arc::default();
+        counters[stage] = counter.clone();
+        let replies = to_scheduler.clone();
+        let worker = Worker {
+            stage,
+            device: device.clone(),
+            inbox: stage_inbox,
+            next: way_on,
+            replies: Box::new(move |reply| {
+                let _ = replies.send(Message::Stage(reply));
+            }),
+            counters: counter,
+            probe: options.probe.clone(),
+        };
+        let load = LoadStage {
+            pipeline: pipeline.clone(),
+            stage,
+            loaded: loaded.clone(),
+            total,
+            options: options.clone(),
+        };
+        let ready = ready.clone();
+        threads.push(spawn(format!("pipeline-stage-{stage}"), move || {
+            let backend = load.run();
+            match backend {
+                Ok(backend) => {
+                    let bytes = backend.bytes();
+                    worker.counters.weight_bytes.store(bytes.weights, Ordering::Relaxed);
+                    let _ = ready.send(Ok(()));
+                    drop((ready, load));
+                    worker.run(backend);
+                }
+                Err(error) => {
+                    let _ = ready.send(Err(error));
+                }
+            }
+        })?);
+        next = Some(sender);
+    }
+    drop(ready);
+    threads.reverse();
+    let outcome: Result<Vec<()>> = wait_for(&readiness, count);
+    match (outcome, next) {
+        (Ok(_), Some(first)) => Ok(Stages { first, threads, counters }),
+        (outcome, first) => {
+            // The others end when the way into them closes.
+            drop(first);
+            for thread in threads {
+                let _ = thread.join();
+            }
+            Err(outcome.err().unwrap_or(Error::Stopped))
+        }
+    }
+}
+
+fn wait_for(readiness: &Receiver<Result<()>>, count: usize) -> Result<Vec<()>> {
+    (0..count).map(|_| readiness.recv().unwrap_or(Err(Error::Stopped))).collect()
+}
+
+/// What a stage thread needs to load its backend.
+struct LoadStage {
+    pipeline: HeterogeneousPipeline,
+    stage: usize,
+    loaded: Arc<AtomicU64>,
+    total: u64,
+    options: ExecutorOptions,
+}
+
+impl LoadStage {
+    /// Loads, turning a panic into an error.
+    fn run(&self) -> Result<Box<dyn StageBackend>> {
+        let loaded = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.load()));
+        loaded.unwrap_or_else(|panic| {
+            let device = self.pipeline.stages()[self.stage].device.to_string();
+            Err(Error::StagePanicked { stage: self.stage, device, reason: panic_message(&*panic) })
+        })
+    }
+
+    fn load(&self) -> Result<Box<dyn StageBackend>> {
+        let plan = &self.pipeline.stages()[self.stage];
+        let progress = |bytes| {
+            let loaded = self.loaded.fetch_add(bytes, Ordering::Relaxed) + bytes;
+            if let Some(progress) = &self.options.progress {
+                progress(loaded, self.total);
+            }
+        };
+        let backend: Box<dyn StageBackend> = Box::new(CandleBackend::load(
+            &**self.pipeline.weights(),
+            self.pipeline.config().clone(),
+            plan.layers.clone(),
+            self.pipeline.devices()[self.stage].clone(),
+            self.pipeline.options().dtype,
+            &progress,
+        )?);
+        Ok(match &self.options.wrap_backend {
+            Some(wrap) => wrap(self.stage, backend),
+            None => backend,
+        })
+    }
+}
+
+fn spawn(name: String, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
+    let thread = std::thread::Builder::new().name(name).spawn(body);
+    thread.map_err(|e| Error::Tensors(format!("cannot start a thread: {e}")))
+}

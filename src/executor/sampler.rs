@@ -1,0 +1,893 @@
+//! From the logits of one position to one token.
+//!
+//! The order is that of the logits processors of transformers: penalties, temperature, top-k, top-p, min-p, one draw.
+//! Every filter keeps a prefix of the tokens sorted by likelihood, so the three together keep the shortest of the three
+//! prefixes; only as much of the vocabulary is sorted as that prefix needs.
+//!
+//! The same logits, options and seed give the same token on every platform: the exponential is computed here from
+//! additions and multiplications alone (a C library's `expf` differs in the last bit from one system to the next), sums
+//! are taken in a fixed order, equal logits are ordered by token id, and the generator is ChaCha8, whose stream is
+//! specified.
+
+use std::collections::HashMap;
+
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{RngCore, SeedableRng};
+
+use crate::error::{Error, Result};
+use crate::executor::options::{GenerationOptions, TokenLogprob};
+
+/// Logits in one step of a vectorised loop; also the number of partial results it keeps.
+const LANES: usize = 16;
+
+/// Logits in one block: what the greedy search scans again, and the stride of the partial sums that a draw walks over.
+const BLOCK: usize = 1024;
+
+/// One sampled token.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SampledToken {
+    /// Its id.
+    pub token: u32,
+    /// Its log-probability, where the options ask for one.
+    pub logprob: Option<TokenLogprob>,
+}
+
+/// Chooses the tokens of one sequence. It remembers what it chose, since the penalties depend on that.
+#[derive(Debug, Clone)]
+pub struct Sampler {
+    temperature: f32,
+    /// `usize::MAX` cuts nothing.
+    top_k: usize,
+    top_p: f32,
+    min_p: f32,
+    /// `None` when all three are off: then the logits are used where they are.
+    penalties: Option<Penalties>,
+    /// How many of the most likely tokens to report beside the chosen one.
+    logprobs: Option<usize>,
+    random: ChaCha8Rng,
+    // Buffers that one step leaves to the next.
+    penalised: Vec<f32>,
+    best: Vec<u64>,
+    weights: Vec<f32>,
+    block_sums: Vec<f64>,
+}
+
+impl Sampler {
+    /// A sampler for one sequence. The options are taken as validated; `prompt` counts for the repetition penalty only.
+    pub fn new(options: &GenerationOptions, seed: u64, prompt: &[u32]) -> Self {
+        // The key is the seed itself and not rand's expansion of it, which is free to change with rand's version.
+        let mut key = [0u8; 32];
+        key[..8].copy_from_slice(&seed.to_le_bytes());
+        Self {
+            temperature: options.temperature,
+            top_k: options.top_k.filter(|&k| k > 0).unwrap_or(usize::MAX),
+            top_p: options.top_p,
+            min_p: options.min_p,
+            penalties: Penalties::new(options, prompt),
+            logprobs: options.logprobs,
+            random: ChaCha8Rng::from_seed(key),
+            penalised: Vec::new(),
+            best: Vec::new(),
+            weights: Vec::new(),
+            block_sums: Vec::new(),
+        }
+    }
+
+    /// The next token, given the logits of the last position.
+    ///
+    /// A logit of minus infinity rules its token out, one of plus infinity makes it certain. NaN is an error: it means
+    /// that the model's arithmetic went wrong, and any token chosen from it would hide that.
+    ///
+    /// With a temperature above 0 each call takes exactly one number from the generator, so that the n-th token of a
+    /// sequence depends on the n-th number whatever the logits before it were.
+    pub fn sample(&mut self, logits: &[f32]) -> Result<SampledToken> {
+        let mut penalised = std::mem::take(&mut self.penalised);
+        let logits_for_choice = match &self.penalties {
+            Some(penalties) => {
+                penalised.clear();
+                penalised.extend_from_slice(logits);
+                penalties.apply(&mut penalised);
+                &penalised
+            }
+            None => logits,
+        };
+        let chosen = self.choose(logits_for_choice);
+        self.penalised = penalised;
+        let token = chosen?;
+        if let Some(penalties) = &mut self.penalties {
+            penalties.count(token);
+        }
+        let logprob = match self.logprobs {
+            Some(top) => Some(self.logprob(logits, token, top)?),
+            None => None,
+        };
+        Ok(SampledToken { token, logprob })
+    }
+
+    fn choose(&mut self, logits: &[f32]) -> Result<u32> {
+        let (token, max) = most_likely(logits)?;
+        if self.temperature == 0.0 {
+            return Ok(token);
+        }
+        let uniform = unit_interval(self.random.next_u64());
+        let scale = 1.0 / self.temperature;
+        if !(max.abs() * scale).is_finite() {
+            // The temperature is too small for f32, or the best logit is infinite: in the limit only the best is left.
+            return Ok(token);
+        }
+        let kept = self.filter(logits, max, scale);
+        Ok(match kept {
+            Kept::Best(n) => token_of(self.best[walk(&self.weights[..n], uniform * sum(&self.weights[..n]))]),
+            Kept::Weighted => {
+                // Find the block first, then the token in it.
+                let mut before = 0.0;
+                let target = uniform * self.block_sums.iter().sum::<f64>();
+                let mut block = None;
+                for (i, &sum) in self.block_sums.iter().enumerate() {
+                    if sum > 0.0 {
+                        block = Some((i, before));
+                    }
+                    if before + sum > target {
+                        break;
+                    }
+                    before += sum;
+                }
+                let (block, before) = block.unwrap_or((0, 0.0));
+                let start = block * BLOCK;
+                let end = self.weights.len().min(start + BLOCK);
+                (start + walk(&self.weights[start..end], target - before)) as u32
+            }
+        })
+    }
+
+    /// Applies temperature, top-k, top-p and min-p, and leaves the tokens that are left with their weights
+    /// (probabilities up to a common factor; the most likely token has 1) in the buffers.
+    fn filter(&mut self, logits: &[f32], max: f32, scale: f32) -> Kept {
+        let Self { best, weights, block_sums, .. } = self;
+        let top_p = f64::from(self.top_p);
+        let by_rank = self.top_k < logits.len();
+
+        if by_rank {
+            best_tokens(logits, self.top_k, best);
+            best.sort_unstable();
+            weights.clear();
+            weights.extend(best.iter().map(|&key| exp((logit_of(key) - max) * scale)));
+            let mut kept = best.len();
+            if self.top_p < 1.0 {
+                kept = nucleus(weights, top_p * sum(weights)).unwrap_or(kept);
+            }
+            // Weights fall, and the first is 1: what min-p keeps is a prefix too.
+            kept = kept.min(weights.partition_point(|&weight| weight >= self.min_p)).max(1);
+            return Kept::Best(kept);
+        }
+
+        weigh(logits, max, scale, weights, block_sums);
+        if self.top_p >= 1.0 {
+            if self.min_p > 0.0 {
+                for (block, sum) in weights.chunks_mut(BLOCK).zip(block_sums.iter_mut()) {
+                    for weight in block.iter_mut() {
+                        *weight = if *weight >= self.min_p { *weight } else { 0.0 };
+                    }
+                    *sum = lane_sum(block);
+                }
+            }
+            return Kept::Weighted;
+        }
+
+        // Tokens lighter than (1 - p) of the mean weigh less than 1 - p of the total together, so the nucleus is found
+        // among the others; it cannot hold a token that min-p drops either. Rounding in the sums is far below the
+        // slack, but take no risk.
+        let total: f64 = block_sums.iter().sum();
+        let threshold = (1.0 - top_p) * total / logits.len() as f64 * (1.0 - 1e-6);
+        let threshold = (threshold as f32).max(self.min_p).min(1.0);
+        best.clear();
+        for (i, chunk) in weights.chunks(LANES).enumerate() {
+            if chunk.iter().fold(false, |any, &weight| any | (weight >= threshold)) {
+                for (j, _) in chunk.iter().enumerate().filter(|&(_, &weight)| weight >= threshold) {
+                    let token = i * LANES + j;
+                    best.push(key(logits[token], token as u32));
+                }
+            }
+        }
+        // Sort ever longer pieces from the front until their weights add up.
+        let target = top_p * total;
+        weights.clear();
+        let mut mass = 0.0;
+        let mut piece = 256;
+        while weights.len() < best.len() {
+            let rest = &mut best[weights.len()..];
+            let piece_len = piece.min(rest.len());
+            if piece_len < rest.len() {
+                rest.select_nth_unstable(piece_len - 1);
+            }
+            rest[..piece_len].sort_unstable();
+            for &key in &rest[..piece_len] {
+                let weight = exp((logit_of(key) - max) * scale);
+                weights.push(weight);
+                mass += f64::from(weight);
+                if mass >= target {
+                    return Kept::Best(weights.len());
+                }
+            }
+            piece *= 4;
+        }
+        Kept::Best(weights.len())
+    }
+
+    /// Log-probabilities of the token and of the `top` most likely ones under the model's own distribution.
+    fn logprob(&mut self, logits: &[f32], token: u32, top: usize) -> Result<TokenLogprob> {
+        let (_, max) = most_likely(logits)?;
+        weigh(logits, max, 1.0, &mut self.weights, &mut self.block_sums);
+        let log_sum = self.block_sums.iter().sum::<f64>().ln();
+        // The difference of two equal infinities is NaN; a token as likely as the best has weight 1.
+        let log_probability = |logit: f32| {
+            let difference = if logit == max { 0.0 } else { f64::from(logit) - f64::from(max) };
+            (difference - log_sum) as f32
+        };
+        best_tokens(logits, top.min(logits.len()), &mut self.best);
+        self.best.sort_unstable();
+        Ok(TokenLogprob {
+            token,
+            logprob: log_probability(logits[token as usize]),
+            top: self.best.iter().map(|&key| (token_of(key), log_probability(logit_of(key)))).collect(),
+        })
+    }
+}
+
+/// Where [`Sampler::filter`] left the tokens.
+#[derive(Debug, Clone, Copy)]
+enum Kept {
+    /// The first so many of `best`, most likely first; their weights stand beside them in `weights`.
+    Best(usize),
+    /// `weights` has one for each token of the vocabulary (0: not kept), `block_sums` their sums.
+    Weighted,
+}
+
+/// Penalties for tokens that were there before, with the tokens they fall on.
+#[derive(Debug, Clone)]
+struct Penalties {
+    repetition: f32,
+    presence: f64,
+    frequency: f64,
+    /// How often each token was generated; 0 for one that only the prompt has.
+    counts: HashMap<u32, u32>,
+}
+
+impl Penalties {
+    fn new(options: &GenerationOptions, prompt: &[u32]) -> Option<Self> {
+        let repetition = options.repetition_penalty;
+        let presence = f64::from(options.presence_penalty);
+        let frequency = f64::from(options.frequency_penalty);
+        if repetition == 1.0 && presence == 0.0 && frequency == 0.0 {
+            return None;
+        }
+        let counts = if repetition == 1.0 { HashMap::new() } else { prompt.iter().map(|&token| (token, 0)).collect() };
+        Some(Self { repetition, presence, frequency, counts })
+    }
+
+    fn count(&mut self, token: u32) {
+        *self.counts.entry(token).or_insert(0) += 1;
+    }
+
+    /// Each token is changed on its own, so the order of the map does not matter.
+    fn apply(&self, logits: &mut [f32]) {
+        for (&token, &count) in &self.counts {
+            let Some(logit) = logits.get_mut(token as usize) else { continue };
+            if *logit > 0.0 {
+                *logit /= self.repetition;
+            } else {
+                *logit *= self.repetition;
+            }
+            if count > 0 {
+                // In f64, where the penalty is always finite: infinity minus infinity would be NaN.
+                *logit = (f64::from(*logit) - (self.presence + self.frequency * f64::from(count))) as f32;
+            }
+        }
+    }
+}
+
+/// The most likely token (the lowest id among equals) and its logit.
+///
+/// One pass that the compiler vectorises: `LANES` running maxima, and the block where the maximum rose last; only that
+/// block is scanned again for the position. NaN shows as a logit that differs from itself.
+fn most_likely(logits: &[f32]) -> Result<(u32, f32)> {
+    let mut max = f32::NEG_INFINITY;
+    let mut max_block = None;
+    for (i, block) in logits.chunks(BLOCK).enumerate() {
+        let mut maxima = [f32::NEG_INFINITY; LANES];
+        let mut nans = [0u32; LANES];
+        let (chunks, rest) = block.as_chunks::<LANES>();
+        let mut step = |chunk: &[f32]| {
+            for ((maximum, nan), &logit) in maxima.iter_mut().zip(&mut nans).zip(chunk) {
+                *maximum = if logit > *maximum { logit } else { *maximum };
+                *nan |= u32::from(logit.is_nan());
+            }
+        };
+        for chunk in chunks {
+            step(chunk);
+        }
+        step(rest);
+        if nans.iter().any(|&nan| nan != 0) {
+            let token = i * BLOCK + block.iter().position(|logit| logit.is_nan()).unwrap_or(0);
+            return Err(Error::Tensors(format!(
+                "the logits hold NaN at token id {token}: the model's weights or its arithmetic on this device are at fault"
+            )));
+        }
+        let block_max = maxima.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
+        if block_max > max {
+            max = block_max;
+            max_block = Some((i, block));
+        }
+    }
+    let Some((i, block)) = max_block else {
+        return Err(Error::Tensors(format!(
+            "no token can be chosen: the {} logits are all minus infinity",
+            logits.len()
+        )));
+    };
+    let position = block.iter().position(|&logit| logit == max).unwrap_or(0);
+    Ok(((i * BLOCK + position) as u32, max))
+}
+
+/// Leaves the keys of the `k` most likely tokens in `keys`, in no order.
+///
+/// Tokens that cannot be among them any more are skipped sixteen at a time; of the others, those beyond the best `k`
+/// are thrown away whenever twice as many have come together.
+fn best_tokens(logits: &[f32], k: usize, keys: &mut Vec<u64>) {
+    keys.clear();
+    if k == 0 {
+        return;
+    }
+    let first = k.min(logits.len());
+    keys.extend(logits[..first].iter().enumerate().map(|(token, &logit)| key(logit, token as u32)));
+    let limit = k.saturating_mul(2).max(k.saturating_add(128));
+    let mut threshold = keys.iter().max().map_or(f32::NEG_INFINITY, |&worst| logit_of(worst));
+    for (i, chunk) in logits[first..].chunks(LANES).enumerate() {
+        // An equal logit at a higher id comes after all that are kept.
+        if !chunk.iter().fold(false, |any, &logit| any | (logit > threshold)) {
+            continue;
+        }
+        for (j, &logit) in chunk.iter().enumerate() {
+            if logit > threshold {
+                keys.push(key(logit, (first + i * LANES + j) as u32));
+            }
+        }
+        if keys.len() >= limit {
+            let (_, &mut worst, _) = keys.select_nth_unstable(k - 1);
+            threshold = logit_of(worst);
+            keys.truncate(k);
+        }
+    }
+    if keys.len() > k {
+        keys.select_nth_unstable(k - 1);
+        keys.truncate(k);
+    }
+}
+
+/// A number that orders tokens: the most likely first, the lowest id first among equals.
+fn key(logit: f32, token: u32) -> u64 {
+    // Adding 0 makes minus zero zero. The bits of positive floats are ordered as they are, those of negative ones the
+    // other way round.
+    let bits = (logit + 0.0).to_bits();
+    let ascending = if bits >> 31 == 0 { bits | 0x8000_0000 } else { !bits };
+    (u64::from(!ascending) << 32) | u64::from(token)
+}
+
+fn token_of(key: u64) -> u32 {
+    key as u32
+}
+
+fn logit_of(key: u64) -> f32 {
+    let ascending = !((key >> 32) as u32);
+    f32::from_bits(if ascending >> 31 == 1 { ascending & 0x7fff_ffff } else { !ascending })
+}
+
+/// `weights[i] = exp((logits[i] - max) * scale)`, and the sum of each block of them.
+fn weigh(logits: &[f32], max: f32, scale: f32, weights: &mut Vec<f32>, block_sums: &mut Vec<f64>) {
+    weights.clear();
+    block_sums.clear();
+    for block in logits.chunks(BLOCK) {
+        // The difference of two equal infinities is NaN.
+        weights.extend(block.iter().map(|&logit| if logit == max { 1.0 } else { exp((logit - max) * scale) }));
+        block_sums.push(lane_sum(&weights[weights.len() - block.len()..]));
+    }
+}
+
+/// Sum in f64 over eight lanes: one addition after the other would wait for each.
+fn lane_sum(weights: &[f32]) -> f64 {
+    let mut sums = [0.0f64; 8];
+    let (chunks, rest) = weights.as_chunks::<8>();
+    for chunk in chunks {
+        for (sum, &weight) in sums.iter_mut().zip(chunk) {
+            *sum += f64::from(weight);
+        }
+    }
+    for (sum, &weight) in sums.iter_mut().zip(rest) {
+        *sum += f64::from(weight);
+    }
+    sums.iter().sum()
+}
+
+fn sum(weights: &[f32]) -> f64 {
+    weights.iter().map(|&weight| f64::from(weight)).sum()
+}
+
+/// The smallest number of leading weights that add up to `target`, if all together do.
+fn nucleus(weights: &[f32], target: f64) -> Option<usize> {
+    let mut mass = 0.0;
+    for (i, &weight) in weights.iter().enumerate() {
+        mass += f64::from(weight);
+        if mass >= target {
+            return Some(i + 1);
+        }
+    }
+    None
+}
+
+/// The first index at which the running sum of the weights exceeds `target`; where rounding leaves none, the last index
+/// with a weight above 0. An index of weight 0 is never chosen.
+fn walk(weights: &[f32], target: f64) -> usize {
+    let mut mass = 0.0;
+    let mut last = 0;
+    for (i, &weight) in weights.iter().enumerate() {
+        if weight > 0.0 {
+            mass += f64::from(weight);
+            last = i;
+            if mass > target {
+                break;
+            }
+        }
+    }
+    last
+}
+
+/// The 53 high bits as a number in [0, 1).
+fn unit_interval(bits: u64) -> f64 {
+    (bits >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
+}
+
+/// e^x for x <= 0 to within 2 ulp; below the smallest normal number it is 0.
+///
+/// The method of the Cephes library's `expf`: x = n ln 2 + r with ln 2 in two parts, a polynomial of degree 5 for the
+/// rest of e^r, and n added to the exponent. Written without branches, calls and fused operations, so it vectorises and
+/// its bits do not depend on the platform.
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    const LOWEST: f32 = -87.0;
+    // Adding and subtracting this rounds to the nearest integer, which is then in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    let clamped = if x > LOWEST { x } else { LOWEST };
+    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = clamped - n * 0.693_359_4 + n * 2.121_944_4e-4;
+    let mut p = 1.987_569_1e-4;
+    p = p * r + 1.398_199_9e-3;
+    p = p * r + 8.333_452e-3;
+    p = p * r + 4.166_579_6e-2;
+    p = p * r + 1.666_666_5e-1;
+    p = p * r + 5.0e-1;
+    let y = p * r * r + r + 1.0;
+    let power_of_two = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23;
+    if x >= LOWEST { y * f32::from_bits(power_of_two) } else { 0.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn options() -> GenerationOptions {
+        GenerationOptions::new(16, 1.0, 1.0)
+    }
+
+    fn sampler(options: &GenerationOptions) -> Sampler {
+        options.validate().unwrap();
+        Sampler::new(options, 7, &[])
+    }
+
+    /// The probabilities that `filter` leaves, by token id.
+    fn distribution(options: &GenerationOptions, logits: &[f32]) -> Vec<f64> {
+        let mut sampler = sampler(options);
+        let (_, max) = most_likely(logits).unwrap();
+        let mut probabilities = vec![0.0; logits.len()];
+        match sampler.filter(logits, max, 1.0 / options.temperature) {
+            Kept::Best(n) => {
+                let total = sum(&sampler.weights[..n]);
+                for (&key, &weight) in sampler.best[..n].iter().zip(&sampler.weights) {
+                    probabilities[token_of(key) as usize] = f64::from(weight) / total;
+                }
+            }
+            Kept::Weighted => {
+                let total: f64 = sampler.block_sums.iter().sum();
+                assert!((total - sum(&sampler.weights)).abs() <= 1e-9 * total);
+                for (probability, &weight) in probabilities.iter_mut().zip(&sampler.weights) {
+                    *probability = f64::from(weight) / total;
+                }
+            }
+        }
+        probabilities
+    }
+
+    /// The same by definition: sort everything, apply one filter after the other, renormalise in between.
+    fn naive_distribution(options: &GenerationOptions, logits: &[f32]) -> Vec<f64> {
+        let mut order: Vec<usize> = (0..logits.len()).collect();
+        order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+        let max = f64::from(logits[order[0]]);
+        let mut kept: Vec<(usize, f64)> = order
+            .iter()
+            .map(|&token| (token, ((f64::from(logits[token]) - max) / f64::from(options.temperature)).exp()))
+            .collect();
+        let renormalise = |kept: &mut Vec<(usize, f64)>| {
+            let total: f64 = kept.iter().map(|&(_, weight)| weight).sum();
+            kept.iter_mut().for_each(|(_, weight)| *weight /= total);
+        };
+        if let Some(k) = options.top_k.filter(|&k| k > 0) {
+            kept.truncate(k);
+        }
+        renormalise(&mut kept);
+        if options.top_p < 1.0 {
+            let mut mass = 0.0;
+            let cut = kept.iter().position(|&(_, probability)| {
+                mass += probability;
+                mass >= f64::from(options.top_p)
+            });
+            kept.truncate(cut.map_or(kept.len(), |cut| cut + 1));
+        }
+        renormalise(&mut kept);
+        let threshold = kept[0].1 * f64::from(options.min_p);
+        kept.retain(|&(_, probability)| probability >= threshold);
+        renormalise(&mut kept);
+        let mut probabilities = vec![0.0; logits.len()];
+        for (token, probability) in kept {
+            probabilities[token] = probability;
+        }
+        probabilities
+    }
+
+    fn assert_same_distribution(options: &GenerationOptions, logits: &[f32]) {
+        let ours = distribution(options, logits);
+        let naive = naive_distribution(options, logits);
+        for (token, (ours, naive)) in ours.iter().zip(&naive).enumerate() {
+            assert_eq!(*ours > 0.0, *naive > 1e-35, "token {token}: {ours} against {naive} with {options:?}");
+            // A rounding of the scaled logit, up to 50 in size, comes back in the exponential.
+            assert!((ours - naive).abs() <= 2e-5 * naive, "token {token}: {ours} against {naive} with {options:?}");
+        }
+    }
+
+    /// Logits as a model gives them, roughly normal; `step` above 0 rounds them, which makes ties.
+    fn random_logits(seed: u64, len: usize, spread: f32, step: f32) -> Vec<f32> {
+        let mut random = ChaCha8Rng::seed_from_u64(seed);
+        (0..len)
+            .map(|_| {
+                let normal: f64 = (0..12).map(|_| unit_interval(random.next_u64())).sum::<f64>() - 6.0;
+                let logit = normal as f32 * spread;
+                if step > 0.0 { (logit / step).round() * step } else { logit }
+            })
+            .collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(256))]
+
+        #[test]
+        fn filters_match_their_definition(
+            seed in any::<u64>(),
+            len in prop_oneof![1usize..40, 1000usize..5000],
+            spread in 0.01f32..6.0,
+            temperature in 0.3f32..3.0,
+            top_k in prop_oneof![Just(None), (0usize..60).prop_map(Some), (60usize..6000).prop_map(Some)],
+            top_p in prop_oneof![Just(1.0f32), 0.01f32..1.0],
+            min_p in prop_oneof![Just(0.0f32), 0.001f32..1.0],
+        ) {
+            let logits = random_logits(seed, len, spread, 0.0);
+            assert_same_distribution(&GenerationOptions { temperature, top_k, top_p, min_p, ..options() }, &logits);
+        }
+
+        #[test]
+        fn ties_are_cut_by_token_id(seed in any::<u64>(), len in 1usize..3000, top_k in 1usize..400) {
+            let logits = random_logits(seed, len, 2.0, 0.5);
+            assert_same_distribution(&GenerationOptions { top_k: Some(top_k), ..options() }, &logits);
+        }
+
+        #[test]
+        fn greedy_is_the_first_maximum(seed in any::<u64>(), len in 1usize..5000, step in prop_oneof![Just(0.0f32), Just(0.5)]) {
+            let logits = random_logits(seed, len, 3.0, step);
+            let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let first = logits.iter().position(|&logit| logit == max).unwrap();
+            prop_assert_eq!(most_likely(&logits).unwrap(), (first as u32, max));
+        }
+
+        #[test]
+        fn keys_order_by_logit_then_id(a in any::<f32>(), b in any::<f32>(), i in any::<u32>(), j in any::<u32>()) {
+            prop_assume!(!a.is_nan() && !b.is_nan());
+            let by_definition = b.partial_cmp(&a).unwrap().then(i.cmp(&j));
+            prop_assert_eq!(key(a, i).cmp(&key(b, j)), by_definition);
+            prop_assert_eq!(logit_of(key(a, i)), a);
+            prop_assert_eq!(token_of(key(a, i)), i);
+        }
+    }
+
+    #[test]
+    fn exponential_is_accurate() {
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(-1e30), 0.0);
+        let mut x = 0.0f32;
+        while x > -87.0 {
+            let expected = f64::from(x).exp();
+            let relative = (f64::from(exp(x)) - expected).abs() / expected;
+            assert!(relative < 2.5e-7, "exp({x}) is off by {relative}");
+            x -= 0.000_37 + x.abs() * 1e-4;
+        }
+    }
+
+    #[test]
+    fn nucleus_of_a_flat_distribution() {
+        // No token stands out, so the candidates are the whole vocabulary and several rounds of sorting are needed.
+        let logits = random_logits(3, 40_000, 0.001, 0.0);
+        for top_p in [0.1, 0.5, 0.95, 0.9999] {
+            assert_same_distribution(&GenerationOptions { top_p, ..options() }, &logits);
+        }
+        let equal = vec![1.5f32; 1000];
+        let kept = distribution(&GenerationOptions { top_p: 0.25, ..options() }, &equal);
+        assert!(kept[..250].iter().all(|&probability| (probability - 0.004).abs() < 1e-9));
+        assert!(kept[250..].iter().all(|&probability| probability == 0.0));
+    }
+
+    #[test]
+    fn at_least_one_token_is_kept() {
+        let logits = random_logits(4, 500, 1.0, 0.0);
+        for options in [
+            GenerationOptions { top_p: 1e-6, ..options() },
+            GenerationOptions { min_p: 1.0, ..options() },
+            GenerationOptions { top_k: Some(1), ..options() },
+            GenerationOptions { top_k: Some(1), top_p: 1e-6, min_p: 1.0, ..options() },
+        ] {
+            let kept = distribution(&options, &logits);
+            assert_eq!(kept.iter().filter(|&&probability| probability > 0.0).count(), 1, "{options:?}");
+            assert_eq!(kept[most_likely(&logits).unwrap().0 as usize], 1.0);
+        }
+    }
+
+    #[test]
+    fn neutral_filters_cut_nothing() {
+        let logits = random_logits(5, 3000, 2.0, 0.0);
+        let all = distribution(&options(), &logits);
+        assert!(all.iter().all(|&probability| probability > 0.0));
+        for top_k in [None, Some(0), Some(3000), Some(usize::MAX)] {
+            assert_eq!(distribution(&GenerationOptions { top_k, top_p: 1.0, min_p: 0.0, ..options() }, &logits), all);
+        }
+    }
+
+    #[test]
+    fn greedy_ignores_the_filters() {
+        let logits = [1.0, 3.0, 2.9, 3.0];
+        for (top_p, top_k, min_p) in [(0.9, None, 0.0), (0.01, Some(3), 0.5), (1.0, Some(1), 1.0)] {
+            let options = GenerationOptions { temperature: 0.0, top_p, top_k, min_p, ..options() };
+            let mut sampler = sampler(&options);
+            for _ in 0..20 {
+                assert_eq!(sampler.sample(&logits).unwrap(), SampledToken { token: 1, logprob: None });
+            }
+        }
+    }
+
+    #[test]
+    fn vanishing_temperature_is_greedy() {
+        for temperature in [f32::from_bits(1), 1e-40, 1e-38, 1e-30, 1e-6] {
+            for (top_k, top_p, min_p) in [(None, 1.0, 0.0), (None, 0.9, 0.0), (Some(5), 0.9, 0.1), (None, 1.0, 0.1)] {
+                let mut sampler = sampler(&GenerationOptions { temperature, top_k, top_p, min_p, ..options() });
+                for seed in 0..20 {
+                    let logits = random_logits(seed, 300, 2.0, 0.0);
+                    assert_eq!(sampler.sample(&logits).unwrap().token, most_likely(&logits).unwrap().0);
+                }
+                assert_eq!(sampler.sample(&[0.0, -1.0, 0.0]).unwrap().token % 2, 0);
+                assert_eq!(sampler.sample(&[-1.0, f32::MAX, f32::MIN]).unwrap().token, 1);
+            }
+        }
+    }
+
+    #[test]
+    fn infinities() {
+        let infinity = f32::INFINITY;
+        for options in [
+            options(),
+            GenerationOptions { temperature: 0.0, ..options() },
+            GenerationOptions { top_p: 0.9, ..options() },
+            GenerationOptions { top_k: Some(3), min_p: 0.01, ..options() },
+            GenerationOptions { presence_penalty: 1.0, repetition_penalty: 1.3, logprobs: Some(2), ..options() },
+        ] {
+            let mut sampler = sampler(&options);
+            for _ in 0..50 {
+                let sampled = sampler.sample(&[1.0, -infinity, infinity, f32::MAX]).unwrap();
+                assert_eq!(sampled.token, 2);
+                if let Some(logprob) = sampled.logprob {
+                    assert_eq!(logprob.logprob, 0.0);
+                    assert_eq!(logprob.top, [(2, 0.0), (3, -infinity)]);
+                }
+                let token = sampler.sample(&[-infinity, 1.0, -infinity, 2.0]).unwrap().token;
+                assert!(token == 1 || token == 3);
+            }
+            let error = sampler.sample(&[-infinity; 5]).unwrap_err().to_string();
+            assert!(error.contains("the 5 logits are all minus infinity"), "{error}");
+            assert!(sampler.sample(&[]).is_err());
+        }
+    }
+
+    #[test]
+    fn nan_is_an_error_that_names_the_token() {
+        for (len, position) in [(1, 0), (40, 39), (5000, 17), (5000, 1024), (5000, 4999)] {
+            let mut logits = random_logits(1, len, 1.0, 0.0);
+            logits[position] = f32::NAN;
+            for options in [
+                options(),
+                GenerationOptions { temperature: 0.0, ..options() },
+                GenerationOptions { frequency_penalty: 1.0, ..options() },
+            ] {
+                let error = sampler(&options).sample(&logits).unwrap_err();
+                assert!(matches!(&error, Error::Tensors(_)), "{error}");
+                assert!(error.to_string().contains(&format!("NaN at token id {position}:")), "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn penalties_match_their_definition() {
+        let options = GenerationOptions {
+            temperature: 0.0,
+            repetition_penalty: 1.5,
+            presence_penalty: 0.25,
+            frequency_penalty: 0.5,
+            ..options()
+        };
+        let prompt = [3, 3, 3, 5, 900];
+        let logits = [2.0, 1.9, -1.0, 2.4, 0.0, -3.0];
+        let mut sampler = Sampler::new(&options, 0, &prompt);
+        let mut generated: Vec<u32> = Vec::new();
+        for _ in 0..12 {
+            let mut expected = logits;
+            for (token, logit) in expected.iter_mut().enumerate() {
+                let token = token as u32;
+                let count = generated.iter().filter(|&&other| other == token).count();
+                if count > 0 || prompt.contains(&token) {
+                    *logit = if *logit < 0.0 { *logit * 1.5 } else { *logit / 1.5 };
+                }
+                *logit -= 0.5 * count as f32;
+                *logit -= if count > 0 { 0.25 } else { 0.0 };
+            }
+            let sampled = sampler.sample(&logits).unwrap().token;
+            assert_eq!(sampler.penalised, expected, "after {generated:?}");
+            assert_eq!(sampled, most_likely(&expected).unwrap().0);
+            generated.push(sampled);
+        }
+        assert!(generated.contains(&0) && generated.contains(&1) && generated.contains(&3), "{generated:?}");
+    }
+
+    #[test]
+    fn presence_and_frequency_do_not_count_the_prompt() {
+        let options = GenerationOptions { temperature: 0.0, presence_penalty: 9.0, frequency_penalty: 9.0, ..options() };
+        let mut sampler = Sampler::new(&options, 0, &[1, 1]);
+        assert_eq!(sampler.sample(&[0.0, 1.0]).unwrap().token, 1);
+        assert_eq!(sampler.sample(&[0.0, 1.0]).unwrap().token, 0);
+    }
+
+    #[test]
+    fn logprobs_are_those_of_the_raw_logits() {
+        let logits = random_logits(9, 3000, 3.0, 0.5);
+        let max = f64::from(most_likely(&logits).unwrap().1);
+        let log_sum = logits.iter().map(|&logit| (f64::from(logit) - max).exp()).sum::<f64>().ln() + max;
+        let options = GenerationOptions {
+            temperature: 0.7,
+            top_k: Some(40),
+            repetition_penalty: 1.3,
+            frequency_penalty: 0.5,
+            logprobs: Some(30),
+            ..options()
+        };
+        let mut sampler = Sampler::new(&options, 1, &[1, 2, 3]);
+        let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+        order.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b)));
+        for _ in 0..10 {
+            let sampled = sampler.sample(&logits).unwrap();
+            let logprob = sampled.logprob.unwrap();
+            assert_eq!(logprob.token, sampled.token);
+            let expected = |token: u32| f64::from(logits[token as usize]) - log_sum;
+            assert!((f64::from(logprob.logprob) - expected(sampled.token)).abs() < 2e-6);
+            assert_eq!(logprob.top.len(), 30);
+            for (&(token, ours), &by_definition) in logprob.top.iter().zip(&order) {
+                assert_eq!(token, by_definition);
+                assert!((f64::from(ours) - expected(token)).abs() < 2e-6);
+            }
+        }
+        let none = GenerationOptions { temperature: 0.0, logprobs: Some(0), ..GenerationOptions::default() };
+        assert!(Sampler::new(&none, 0, &[]).sample(&logits).unwrap().logprob.unwrap().top.is_empty());
+        let more = GenerationOptions { logprobs: Some(99), ..none };
+        assert_eq!(Sampler::new(&more, 0, &[]).sample(&[1.0, 2.0]).unwrap().logprob.unwrap().top.len(), 2);
+    }
+
+    /// Pearson's statistic of 20 000 draws against the distribution by definition, and the 99.9th percentile of the
+    /// chi-square distribution with as many degrees of freedom (Wilson and Hilferty's approximation).
+    fn chi_square(options: &GenerationOptions, seed: u64, logits: &[f32]) -> (f64, f64) {
+        const DRAWS: usize = 20_000;
+        let expected = naive_distribution(options, logits);
+        let mut sampler = Sampler::new(options, seed, &[]);
+        let mut counts = vec![0usize; logits.len()];
+        for _ in 0..DRAWS {
+            counts[sampler.sample(logits).unwrap().token as usize] += 1;
+        }
+        // Tokens expected less than five times go into one bin.
+        let mut statistic = 0.0;
+        let mut bins = 0;
+        let mut rare = (0.0, 0.0);
+        for (&probability, &count) in expected.iter().zip(&counts) {
+            let expected = probability * DRAWS as f64;
+            if probability == 0.0 {
+                assert_eq!(count, 0, "a token that was cut came out");
+            } else if expected < 5.0 {
+                rare = (rare.0 + expected, rare.1 + count as f64);
+            } else {
+                statistic += (count as f64 - expected).powi(2) / expected;
+                bins += 1;
+            }
+        }
+        if rare.0 > 5.0 {
+            statistic += (rare.1 - rare.0).powi(2) / rare.0;
+            bins += 1;
+        }
+        let freedom = f64::from(bins - 1);
+        let spread = 2.0 / (9.0 * freedom);
+        (statistic, freedom * (1.0 - spread + 3.09 * spread.sqrt()).powi(3))
+    }
+
+    #[test]
+    fn draws_follow_the_distribution() {
+        let small = random_logits(11, 30, 1.5, 0.0);
+        let large = random_logits(12, 4000, 2.5, 0.0);
+        for (seed, options) in [
+            options(),
+            GenerationOptions { temperature: 0.6, ..options() },
+            GenerationOptions { temperature: 1.7, ..options() },
+            GenerationOptions { top_k: Some(7), ..options() },
+            GenerationOptions { top_p: 0.8, ..options() },
+            GenerationOptions { min_p: 0.1, ..options() },
+            GenerationOptions { temperature: 1.3, top_k: Some(20), top_p: 0.9, min_p: 0.05, ..options() },
+        ]
+        .iter()
+        .enumerate()
+        {
+            for logits in [&small, &large] {
+                let (statistic, limit) = chi_square(options, seed as u64, logits);
+                assert!(statistic < limit, "{statistic} is above {limit} with {options:?}");
+            }
+        }
+        // The test can tell: draws at one temperature do not pass for another.
+        let logits_times_1_1: Vec<f32> = small.iter().map(|logit| logit * 1.1).collect();
+        let mut wrong = Sampler::new(&options(), 0, &[]);
+        let expected = naive_distribution(&options(), &small);
+        let mut counts = vec![0.0; small.len()];
+        for _ in 0..20_000 {
+            counts[wrong.sample(&logits_times_1_1).unwrap().token as usize] += 1.0;
+        }
+        let statistic: f64 = expected.iter().zip(&counts).map(|(p, n)| (n - p * 2e4f64).powi(2) / (p * 2e4)).sum();
+        assert!(statistic > 70.0, "{statistic}");
+    }
+
+    #[test]
+    fn same_seed_same_tokens() {
+        let options = GenerationOptions { temperature: 1.0, top_p: 0.95, presence_penalty: 0.3, ..options() };
+        let tokens = |seed: u64| {
+            let mut sampler = Sampler::new(&options, seed, &[1, 2]);
+            (0..64u64).map(|step| sampler.sample(&random_logits(step, 500, 2.0, 0.0)).unwrap().token).collect::<Vec<_>>()
+        };
+        assert_eq!(tokens(1), tokens(1));
+        assert_ne!(tokens(1), tokens(2));
+    }
+
+    /// The stream is part of what a seed promises: it must not change with a dependency or a platform.
+    #[test]
+    fn the_stream_of_a_seed_is_fixed() {
+        let logits = random_logits(21, 1000, 2.0, 0.0);
+        let mut sampler = Sampler::new(&options(), 42, &[]);
+        let tokens: Vec<u32> = (0..8).map(|_| sampler.sample(&logits).unwrap().token).collect();
+        assert_eq!(tokens, [0; 8]);
+    }
+}

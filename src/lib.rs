@@ -1,0 +1,52 @@
+//! Runs a language model that is too big or too slow for one device across all the devices a person has.
+//!
+//! A [`HeterogeneousPipeline`] cuts the decoder's layers into stages on CUDA, Metal and CPU devices. A
+//! [`HeterogeneousPipelineExecutor`] loads each stage's weights to its device, gives it a thread, and serves
+//! [`infer`](HeterogeneousPipelineExecutor::infer), [`infer_batch`](HeterogeneousPipelineExecutor::infer_batch) and
+//! [`infer_stream`](HeterogeneousPipelineExecutor::infer_stream) to any number of async tasks. However a model is cut,
+//! on devices of one kind its logits are the same to the last bit.
+//!
+//! ```
+//! use candle_pipeline::{DEMO_MODEL, DeviceSpec, HeterogeneousPipeline, HeterogeneousPipelineExecutor};
+//! use futures::StreamExt;
+//!
+//! #[tokio::main]
+//! async fn main() -> candle_pipeline::Result<()> {
+//!     let devices = DeviceSpec::parse_list("cpu,cpu")?; // or "cuda:0,cpu", "metal:0", ...
+//!     let model = DEMO_MODEL; // or a folder, a .gguf file, a Hugging Face id
+//!     let pipeline = HeterogeneousPipeline::new(&devices, model)?;
+//!     let executor = HeterogeneousPipelineExecutor::new(pipeline, model).await?;
+//!     let mut stream = executor.infer_text_stream("Once upon a time", &Default::default());
+//!     while let Some(text) = stream.next().await {
+//!         print!("{}", text?);
+//!     }
+//!     Ok(())
+//! }
+//! ```
+//!
+//! # Reading order
+//!
+//! The modules stand here in the order in which to read them; each uses only those above it.
+
+pub mod error;
+pub mod device;
+pub mod instrument;
+pub mod weights;
+pub mod kernels;
+pub mod model;
+pub mod backend;
+pub mod pipeline;
+pub mod executor;
+
+pub use device::{DeviceSpec, present_devices};
+pub use error::{Error, Result};
+pub use executor::options::{FinishReason, GenerationOptions, TokenLogprob};
+pub use executor::scheduler::{Finish, GeneratedToken, GenerationEvent};
+pub use executor::stream::{GenerationStream, TextStream, TokenStream};
+pub use executor::tokenizer::{ChatMessage, Tokenizer};
+pub use executor::{ExecutorOptions, Generation, HeterogeneousPipelineExecutor, StageMemory, WarmupReport};
+pub use pipeline::{HeterogeneousPipeline, PipelineOptions, StagePlan};
+
+/// The small trained model that comes with the sources, so that everything runs without a download: stories in simple
+/// English, Llama architecture, 8 layers.
+pub const DEMO_MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/demo");

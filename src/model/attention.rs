@@ -1,0 +1,49 @@
+//! Grouped-query attention without expanding keys and values: the query heads that share a key head become rows of one
+//! product with it.
+
+use candle_core::{D, DType, Tensor};
+
+use crate::error::Result;
+
+/// `softcap * tanh(x / softcap)`.
+pub fn soft_cap(x: &Tensor, cap: f64) -> Result<Tensor> {
+    Ok(((x / cap)?.tanh()? * cap)?)
+}
+
+/// Attention of one sequence.
+///
+/// - `q`: (num_attention_heads, seq, head_dim)
+/// - `keys`, `values`: (num_key_value_heads, positions, head_dim)
+/// - `mask`: (seq, positions), added to the scores
+///
+/// Returns (seq, num_attention_heads * head_dim).
+pub fn attend(
+    q: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    mask: Option<&Tensor>,
+    scale: f64,
+    softcap: Option<f64>,
+) -> Result<Tensor> {
+    let (heads, seq, head_dim) = q.dims3()?;
+    let (kv_heads, positions, _) = keys.dims3()?;
+    let group = heads / kv_heads;
+    let q = (q * scale)?.reshape((kv_heads, group * seq, head_dim))?;
+    let mut scores = q.matmul(&keys.transpose(1, 2)?)?; // (kv_heads, group * seq, positions)
+    if let Some(cap) = softcap {
+        scores = soft_cap(&scores, cap)?;
+    }
+    if let Some(mask) = mask {
+        let grouped = scores.reshape((kv_heads * group, seq, positions))?;
+        scores = grouped.broadcast_add(mask)?.reshape((kv_heads, group * seq, positions))?;
+    }
+    let dtype = scores.dtype();
+    let weights = match dtype {
+        DType::F32 => candle_nn::ops::softmax_last_dim(&scores)?,
+        // Half types lose too much in the sum of a long row.
+        _ => candle_nn::ops::softmax_last_dim(&scores.to_dtype(DType::F32)?)?.to_dtype(dtype)?,
+    };
+    let mixed = weights.matmul(values)?; // (kv_heads, group * seq, head_dim)
+    let by_row = mixed.reshape((heads, seq, head_dim))?.transpose(0, 1)?; // (seq, heads, head_dim)
+    Ok(by_row.contiguous()?.flatten_from(D::Minus2)?)
+}

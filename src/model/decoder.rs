@@ -1,0 +1,400 @@
+//! The decoder: a run of layers, with the embeddings in front if it is the first run and norm and head behind if it is
+//! the last. A whole model is the run of all layers.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+
+use super::attention::{attend, soft_cap};
+use super::config::{Activation, DecoderConfig, LayerConfig, LayerRope, QkNorm};
+use super::kv_cache::SequenceKv;
+use super::linear::{Linear, Loader, Matrix};
+use super::mask::MaskCache;
+use super::rope::RopeCache;
+use crate::error::Result;
+use crate::weights::{WeightSource, WeightType};
+
+/// A run of consecutive positions of one sequence within a forward pass.
+pub struct Rows<'a> {
+    /// The sequence's keys and values.
+    pub kv: &'a mut SequenceKv,
+    /// Position of the first row.
+    pub position: usize,
+    /// Number of rows.
+    pub len: usize,
+    /// Length of the sequence as far as it is known, for rotary embeddings that depend on it.
+    pub length: usize,
+    /// Whether the logits of the last row are wanted.
+    pub logits: bool,
+}
+
+/// Weight bytes as a plan needs them: what each part takes on a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WeightBytes {
+    /// The embedding table.
+    pub embeddings: u64,
+    /// Each layer.
+    pub layers: Vec<u64>,
+    /// Final norm and head. A tied head on the stage that has the embeddings costs nothing more, see `tied`.
+    pub head: u64,
+    /// Whether the head is the embedding table.
+    pub tied: bool,
+}
+
+impl WeightBytes {
+    /// Adds up the tensors of a model as they will be held, from headers alone.
+    pub fn of(source: &dyn WeightSource, config: &DecoderConfig, dense_type: Option<WeightType>) -> Result<WeightBytes> {
+        let mut bytes =
+            WeightBytes { embeddings: 0, layers: vec![0; config.num_hidden_layers], head: 0, tied: is_tied(source, config)? };
+        for name in source.names() {
+            let Some(mut meta) = source.meta(&name)? else { continue };
+            if let Some(dense_type) = dense_type.filter(|_| meta.dtype.is_dense()) {
+                meta.dtype = dense_type;
+            }
+            let size = meta.bytes();
+            match name.strip_prefix("layers.").and_then(|rest| rest.split_once('.')) {
+                Some((layer, _)) => {
+                    if let Some(total) = layer.parse().ok().and_then(|layer: usize| bytes.layers.get_mut(layer)) {
+                        *total += size;
+                    }
+                }
+                None if name.starts_with("embed_tokens") => bytes.embeddings += size,
+                None if name.starts_with("norm") || name.starts_with("lm_head") => bytes.head += size,
+                None => {}
+            }
+        }
+        if bytes.tied {
+            bytes.head += bytes.embeddings;
+        }
+        Ok(bytes)
+    }
+
+    /// Bytes of a stage with these layers out of all.
+    pub fn stage(&self, layers: &Range<usize>) -> u64 {
+        let first = layers.start == 0;
+        let last = layers.end == self.layers.len();
+        let mut bytes = self.layers[layers.clone()].iter().sum::<u64>();
+        if first {
+            bytes += self.embeddings;
+        }
+        if last {
+            bytes += self.head;
+        }
+        if first && last && self.tied {
+            bytes -= self.embeddings;
+        }
+        bytes
+    }
+}
+
+/// The head is the embedding table where the config says so and the file has no head of its own.
+fn is_tied(source: &dyn WeightSource, config: &DecoderConfig) -> Result<bool> {
+    Ok(config.tie_word_embeddings && source.meta("lm_head.weight")?.is_none())
+}
+
+/// What a forward pass returns.
+pub enum Output {
+    /// For the next stage: (rows, hidden_size).
+    Activations(Tensor),
+    /// Of each sequence that asked, in order: (sequences that asked, vocab_size), f32. `None` when none did.
+    Logits(Option<Tensor>),
+}
+
+/// What a forward pass is given.
+pub enum Input<'a> {
+    /// Token ids, one a row; only for the run with the embeddings.
+    Tokens(&'a [u32]),
+    /// The previous run's output: (rows, hidden_size).
+    Activations(Tensor),
+}
+
+/// A run of layers on one device.
+pub struct Decoder {
+    config: Arc<DecoderConfig>,
+    device: Device,
+    dtype: DType,
+    embeddings: Option<Arc<Matrix>>,
+    layers: Vec<Layer>,
+    head: Option<Head>,
+    rope: RopeCache,
+    local_rope: Option<RopeCache>,
+    masks: MaskCache,
+}
+
+struct Head {
+    norm: Tensor, // (hidden_size)
+    projection: Linear,
+}
+
+struct Layer {
+    config: LayerConfig,
+    attn_norm: Option<Tensor>,      // (hidden_size)
+    attn_post_norm: Option<Tensor>, // (hidden_size)
+    mlp_norm: Option<Tensor>,       // (hidden_size)
+    mlp_post_norm: Option<Tensor>,  // (hidden_size)
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    o_proj: Linear,
+    q_norm: Option<Tensor>, // (head_dim) or (heads * head_dim)
+    k_norm: Option<Tensor>,
+    gate_proj: Linear,
+    up_proj: Linear,
+    down_proj: Linear,
+}
+
+impl Decoder {
+    /// Loads the layers `range` to `device`. `progress` hears of each part's bytes when it is in place.
+    pub fn load(
+        source: &dyn WeightSource,
+        config: Arc<DecoderConfig>,
+        range: Range<usize>,
+        device: &Device,
+        dense_type: Option<WeightType>,
+        progress: &dyn Fn(u64),
+    ) -> Result<Decoder> {
+        let dtype = activation_dtype(source, device, dense_type)?;
+        let loader = Loader { source, device, dense_type, activation_dtype: dtype };
+        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        let first = range.start == 0;
+        let last = range.end == config.num_hidden_layers;
+        let tied = is_tied(source, &config)?;
+        let embeddings = match first || (last && tied) {
+            true => Some(loader.table("embed_tokens.weight", vocab, hidden)?),
+            false => None,
+        };
+        progress(embeddings.as_ref().map_or(0, |table| table.bytes()));
+        let mut layers = Vec::with_capacity(range.len());
+        for index in range {
+            let layer = Layer::load(&loader, &config, index)?;
+            progress(layer.bytes());
+            layers.push(layer);
+        }
+        let head = match last {
+            false => None,
+            true => {
+                let projection = match (&embeddings, tied) {
+                    (Some(table), true) => Linear::shared(table.clone()),
+                    _ => {
+                        let projection = loader.linear("lm_head", vocab, hidden, Some(false))?;
+                        progress(projection.bytes());
+                        projection
+                    }
+                };
+                Some(Head { norm: loader.vector("norm.weight", hidden, config.norm_offset)?, projection })
+            }
+        };
+        let rope = |config: &_| RopeCache::new(Clone::clone(config), device.clone(), dtype);
+        Ok(Decoder {
+            rope: rope(&config.rope),
+            local_rope: config.local_rope.as_ref().map(rope),
+            masks: MaskCache::new(device.clone(), dtype),
+            embeddings: embeddings.filter(|_| first),
+            device: device.clone(),
+            config,
+            dtype,
+            layers,
+            head,
+        })
+    }
+
+    /// Room for one sequence of up to `capacity` positions in this run's layers.
+    pub fn new_kv(&self, capacity: usize) -> Result<SequenceKv> {
+        SequenceKv::new(&self.config, self.layers.len(), capacity, self.dtype, &self.device)
+    }
+
+    /// Bytes that a position takes in this run's KV.
+    pub fn kv_bytes_per_token(&self) -> u64 {
+        (self.layers.len() * self.config.kv_elements_per_token() * self.dtype.size_in_bytes()) as u64
+    }
+
+    /// Runs the rows of all `sequences` through the layers, writing their keys and values.
+    pub fn forward(&mut self, input: Input, sequences: &mut [Rows]) -> Result<Output> {
+        let mut x = match (input, &self.embeddings) {
+            (Input::Tokens(tokens), Some(table)) => {
+                let x = table.look_up(tokens, &self.device, self.dtype)?;
+                scale(x, self.config.embedding_multiplier)?
+            }
+            (Input::Activations(x), None) => x.to_dtype(self.dtype)?,
+            _ => unreachable!("the first stage, and only it, is given tokens"),
+        }; // (rows, hidden_size)
+        for index in 0..self.layers.len() {
+            x = self.layer(index, x, sequences)?;
+        }
+        let Some(head) = &self.head else { return Ok(Output::Activations(x)) };
+        let mut wanted = Vec::new();
+        let mut end = 0;
+        for rows in sequences.iter() {
+            end += rows.len;
+            if rows.logits {
+                wanted.push(x.narrow(0, end - 1, 1)?);
+            }
+        }
+        if wanted.is_empty() {
+            return Ok(Output::Logits(None));
+        }
+        let x = Tensor::cat(&wanted, 0)?; // (wanted, hidden_size)
+        let x = rms_norm(&x, &head.norm, self.config.rms_norm_eps)?;
+        let mut logits = head.projection.forward(&x)?.to_dtype(DType::F32)?; // (wanted, vocab_size)
+        logits = scale(logits, 1.0 / self.config.logits_scaling)?;
+        if let Some(cap) = self.config.final_logit_softcapping {
+            logits = soft_cap(&logits, cap)?;
+        }
+        Ok(Output::Logits(Some(logits)))
+    }
+
+    /// One layer. `x`: (rows, hidden_size) -> the same.
+    fn layer(&mut self, index: usize, x: Tensor, sequences: &mut [Rows]) -> Result<Tensor> {
+        let (layer, config) = (&self.layers[index], &self.config);
+        let norm = |x: &Tensor, weight: &Option<Tensor>| match weight {
+            Some(weight) => rms_norm(x, weight, config.rms_norm_eps),
+            None => Ok(x.clone()),
+        };
+        let normed = norm(&x, &layer.attn_norm)?;
+        let q = self.heads(&normed, &layer.q_proj, &layer.q_norm, config.num_attention_heads)?;
+        let k = self.heads(&normed, &layer.k_proj, &layer.k_norm, config.num_key_value_heads)?;
+        let v = self.heads(&normed, &layer.v_proj, &None, config.num_key_value_heads)?;
+
+        let mut mixed = Vec::with_capacity(sequences.len());
+        let mut start = 0;
+        for rows in sequences.iter_mut() {
+            // (rows, heads, head_dim) -> (heads, len, head_dim) of this sequence
+            let own = |t: &Tensor| t.narrow(0, start, rows.len)?.transpose(0, 1)?.contiguous();
+            let (mut q, mut k, v) = (own(&q)?, own(&k)?, own(&v)?);
+            start += rows.len;
+            let rope = match layer.config.rope {
+                LayerRope::None => None,
+                LayerRope::Global => Some(&mut self.rope),
+                LayerRope::Local => self.local_rope.as_mut(),
+            };
+            if let Some(rope) = rope {
+                q = rope.rotate(&q.unsqueeze(0)?, rows.position, rows.length)?.squeeze(0)?;
+                k = rope.rotate(&k.unsqueeze(0)?, rows.position, rows.length)?.squeeze(0)?;
+            }
+            rows.kv.append(index, rows.position, &k, &v)?;
+            let end = rows.position + rows.len;
+            // Positions that no row's window reaches are not read at all.
+            let window = layer.config.sliding_window;
+            let from = window.map_or(0, |window| (rows.position + 1).saturating_sub(window));
+            let (keys, values) = rows.kv.view(index, from, end)?;
+            let mask = match rows.len {
+                1 => None,
+                len => Some(self.masks.get(len, end - from, window)?),
+            };
+            let (scale, cap) = (config.attention_scale, config.attn_logit_softcapping);
+            mixed.push(attend(&q, &keys, &values, mask.as_ref(), scale, cap)?); // (len, heads * head_dim)
+        }
+        let mixed = if mixed.len() == 1 { mixed.remove(0) } else { Tensor::cat(&mixed, 0)? };
+        let attended = norm(&layer.o_proj.forward(&mixed)?, &layer.attn_post_norm)?;
+        let x = (x + scale(attended, config.residual_multiplier)?)?;
+
+        let normed = norm(&x, &layer.mlp_norm)?;
+        let gate = layer.gate_proj.forward(&normed)?; // (rows, intermediate_size)
+        let gate = match config.activation {
+            Activation::Silu => gate.silu()?,
+            Activation::GeluTanh => gate.gelu()?,
+        };
+        let up = layer.up_proj.forward(&normed)?;
+        let down = norm(&layer.down_proj.forward(&(gate * up)?)?, &layer.mlp_post_norm)?;
+        Ok((x + scale(down, config.residual_multiplier)?)?)
+    }
+
+    /// Projects (rows, hidden_size) to (rows, heads, head_dim), normalised where the model does that.
+    fn heads(&self, x: &Tensor, projection: &Linear, weight: &Option<Tensor>, heads: usize) -> Result<Tensor> {
+        let mut y = projection.forward(x)?; // (rows, heads * head_dim)
+        let shape = (y.dim(0)?, heads, self.config.head_dim);
+        let eps = self.config.rms_norm_eps;
+        match (weight, self.config.qk_norm) {
+            (Some(weight), QkNorm::WholeProjection) => y = rms_norm(&y, weight, eps)?,
+            (Some(weight), QkNorm::PerHead) => return rms_norm(&y.reshape(shape)?, weight, eps),
+            (_, QkNorm::None) | (None, _) => {}
+        }
+        Ok(y.reshape(shape)?)
+    }
+}
+
+impl Layer {
+    fn load(loader: &Loader, config: &DecoderConfig, index: usize) -> Result<Layer> {
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let q_rows = config.num_attention_heads * config.head_dim;
+        let kv_rows = config.num_key_value_heads * config.head_dim;
+        let name = |part: &str| format!("layers.{index}.{part}");
+        let has = |part: &str| Ok::<_, crate::Error>(loader.source.meta(&name(part))?.is_some());
+        let norm = |part: &str, size: usize, wanted: bool| match wanted {
+            true => loader.vector(&name(part), size, config.norm_offset).map(Some),
+            false => Ok(None),
+        };
+
+        let qkv = name("qkv_proj");
+        let qkv_total = q_rows + 2 * kv_rows;
+        let fused_qkv = has("qkv_proj.weight")?;
+        let attention_input = |part: &str, start: usize, rows: usize| match fused_qkv {
+            true => loader.linear_rows(&qkv, qkv_total, start, rows, hidden, config.qkv_bias),
+            false => loader.linear(&name(part), rows, hidden, config.qkv_bias),
+        };
+        let gate_up = name("gate_up_proj");
+        let fused_gate_up = has("gate_up_proj.weight")?;
+        let mlp_input = |part: &str, start: usize| match fused_gate_up {
+            true => loader.linear_rows(&gate_up, 2 * inner, start, inner, hidden, config.mlp_bias),
+            false => loader.linear(&name(part), inner, hidden, config.mlp_bias),
+        };
+        let (q_norm, k_norm) = match config.qk_norm {
+            QkNorm::None => (0, 0),
+            QkNorm::PerHead => (config.head_dim, config.head_dim),
+            QkNorm::WholeProjection => (q_rows, kv_rows),
+        };
+        Ok(Layer {
+            config: config.layers[index],
+            attn_norm: norm("attn_norm.weight", hidden, config.norms.attn_norm)?,
+            attn_post_norm: norm("attn_post_norm.weight", hidden, config.norms.attn_post_norm)?,
+            mlp_norm: norm("mlp_norm.weight", hidden, config.norms.mlp_norm)?,
+            mlp_post_norm: norm("mlp_post_norm.weight", hidden, config.norms.mlp_post_norm)?,
+            q_proj: attention_input("q_proj", 0, q_rows)?,
+            k_proj: attention_input("k_proj", q_rows, kv_rows)?,
+            v_proj: attention_input("v_proj", q_rows + kv_rows, kv_rows)?,
+            o_proj: loader.linear(&name("o_proj"), hidden, q_rows, config.o_bias)?,
+            q_norm: norm("q_norm.weight", q_norm, q_norm > 0)?,
+            k_norm: norm("k_norm.weight", k_norm, k_norm > 0)?,
+            gate_proj: mlp_input("gate_proj", 0)?,
+            up_proj: mlp_input("up_proj", inner)?,
+            down_proj: loader.linear(&name("down_proj"), hidden, inner, config.mlp_bias)?,
+        })
+    }
+
+    fn bytes(&self) -> u64 {
+        let linears =
+            [&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj, &self.gate_proj, &self.up_proj, &self.down_proj];
+        linears.iter().map(|linear| linear.bytes()).sum()
+    }
+}
+
+/// The type of activations: f32 on a CPU and with quantised weights; on a GPU with dense weights, the weights' own.
+pub fn activation_dtype(
+    source: &dyn WeightSource,
+    device: &Device,
+    dense_type: Option<WeightType>,
+) -> Result<DType> {
+    if device.is_cpu() {
+        return Ok(DType::F32);
+    }
+    // A stage need not hold the first layer, but the layers of a model are of one kind.
+    let meta = match source.meta("layers.0.o_proj.weight")? {
+        Some(meta) => meta,
+        None => return Ok(DType::F32),
+    };
+    Ok(match (meta.dtype.is_dense(), dense_type.unwrap_or(meta.dtype)) {
+        (true, WeightType::F16) => DType::F16,
+        (true, WeightType::BF16) => DType::BF16,
+        _ => DType::F32,
+    })
+}
+
+/// `x * factor`, without the pass over x that a factor of 1 would cost.
+fn scale(x: Tensor, factor: f64) -> Result<Tensor> {
+    Ok(if factor == 1.0 { x } else { (x * factor)? })
+}
+
+fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    Ok(candle_nn::ops::rms_norm(&x.contiguous()?, weight, eps as f32)?)
+}

@@ -1,0 +1,66 @@
+//! Keys and values of one sequence, allocated once for all the positions it will ever have.
+
+use candle_core::{DType, Device, Tensor};
+
+use super::config::DecoderConfig;
+use crate::error::{Error, Result};
+
+/// Keys and values of one layer.
+pub struct LayerKv {
+    keys: Tensor,   // (num_key_value_heads, capacity, head_dim)
+    values: Tensor, // (num_key_value_heads, capacity, head_dim)
+}
+
+/// Keys and values of one sequence in the layers of one stage.
+pub struct SequenceKv {
+    layers: Vec<LayerKv>,
+    capacity: usize,
+    bytes: u64,
+}
+
+impl SequenceKv {
+    /// Room for `capacity` positions in `layers` layers.
+    pub fn new(
+        config: &DecoderConfig,
+        layers: usize,
+        capacity: usize,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<SequenceKv> {
+        let shape = (config.num_key_value_heads, capacity, config.head_dim);
+        let layers = (0..layers)
+            .map(|_| {
+                Ok(LayerKv {
+                    keys: Tensor::zeros(shape, dtype, device)?,
+                    values: Tensor::zeros(shape, dtype, device)?,
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let elements = layers.len() * capacity * config.kv_elements_per_token();
+        Ok(SequenceKv { layers, capacity, bytes: (elements * dtype.size_in_bytes()) as u64 })
+    }
+
+    /// Bytes allocated.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Writes keys and values, (num_key_value_heads, seq, head_dim) each, at `position` of layer `layer`.
+    pub fn append(&mut self, layer: usize, position: usize, keys: &Tensor, values: &Tensor) -> Result<()> {
+        let end = position + keys.dim(1)?;
+        if end > self.capacity {
+            let capacity = self.capacity;
+            return Err(Error::Tensors(format!("position {end} is past the KV cache's {capacity}")));
+        }
+        let cache = &self.layers[layer];
+        cache.keys.slice_set(&keys.contiguous()?, 1, position)?;
+        cache.values.slice_set(&values.contiguous()?, 1, position)?;
+        Ok(())
+    }
+
+    /// Views of positions `start..end` of layer `layer`: (num_key_value_heads, end - start, head_dim) each.
+    pub fn view(&self, layer: usize, start: usize, end: usize) -> Result<(Tensor, Tensor)> {
+        let cache = &self.layers[layer];
+        Ok((cache.keys.narrow(1, start, end - start)?, cache.values.narrow(1, start, end - start)?))
+    }
+}

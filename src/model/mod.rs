@@ -1,0 +1,11 @@
+//! One decoder for every family. A family is data: [`config::DecoderConfig`] says what a model is, [`decoder`] computes
+//! it. Nothing here knows threads, stages or requests.
+
+pub mod attention;
+pub mod config;
+pub mod decoder;
+pub mod family;
+pub mod kv_cache;
+pub mod linear;
+pub mod mask;
+pub mod rope;
