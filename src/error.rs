@@ -68,7 +68,9 @@ pub enum Error {
     DoesNotFit(String),
 
     /// A prompt without a single token.
-    #[error("the prompt is empty: give at least one token (a tokenizer that adds a BOS token makes one from an empty text)")]
+    #[error(
+        "the prompt is empty: give at least one token (a tokenizer that adds a BOS token makes one from an empty text)"
+    )]
     EmptyPrompt,
 
     /// A prompt token is outside the vocabulary.

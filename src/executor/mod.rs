@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use futures::StreamExt;
 
 use self::options::{FinishReason, GenerationOptions, TokenLogprob};
-use self::scheduler::{GenerationEvent, Limits, Message, Request, Scheduler, capacity};
+use self::scheduler::{GenerationEvent, Limits, Message, Request, Scheduler, TextState, capacity};
 use self::stream::{GenerationStream, TextStream, TokenStream};
 use self::tokenizer::{ChatMessage, Tokenizer};
 use crate::backend::{CandleBackend, SequenceId, StageBackend};
@@ -221,7 +221,9 @@ impl HeterogeneousPipelineExecutor {
             prefill_tokens: prefill,
             decode_steps: decode,
             duration: began.elapsed(),
-            stages: stages.map(|((stage, after), before)| (stage.device, Duration::from_nanos(after - before))).collect(),
+            stages: stages
+                .map(|((stage, after), before)| (stage.device, Duration::from_nanos(after - before)))
+                .collect(),
         })
     }
 
@@ -393,7 +395,7 @@ impl HeterogeneousPipelineExecutor {
             }
         }
         let text = match text {
-            true => Some(self.needed_tokenizer()?.clone()),
+            true => Some(TextState::new(self.needed_tokenizer()?, &prompt, &options.stop_strings)?),
             false => None,
         };
         let id = SequenceId(self.inner.next_id.fetch_add(1, Ordering::Relaxed));
@@ -475,9 +477,7 @@ fn start_stages(
         let device = pipeline.devices()[stage].clone();
         let way_on = match next.take() {
             None => Next::Scheduler,
-            Some(sender) => {
-                Next::Stage(sender, Link::new(&device.device, &pipeline.devices()[stage + 1].device)?)
-            }
+            Some(sender) => Next::Stage(sender, Link::new(&device.device, &pipeline.devices()[stage + 1].device)?),
         };
         let counter: Arc<StageCounters> = Arc::default();
         counters[stage] = counter.clone();
@@ -493,13 +493,8 @@ fn start_stages(
             counters: counter,
             probe: options.probe.clone(),
         };
-        let load = LoadStage {
-            pipeline: pipeline.clone(),
-            stage,
-            loaded: loaded.clone(),
-            total,
-            options: options.clone(),
-        };
+        let load =
+            LoadStage { pipeline: pipeline.clone(), stage, loaded: loaded.clone(), total, options: options.clone() };
         let ready = ready.clone();
         threads.push(spawn(format!("pipeline-stage-{stage}"), move || {
             let backend = load.run();

@@ -42,7 +42,7 @@ pub struct Request {
     /// Seed of the random choice, settled.
     pub seed: u64,
     /// Turns tokens into text where text is wanted.
-    pub text: Option<Tokenizer>,
+    pub text: Option<TextState>,
     /// Where the events go.
     pub events: UnboundedSender<Result<GenerationEvent>>,
 }
@@ -117,9 +117,20 @@ struct Sequence {
     first_token: Option<Duration>,
 }
 
-struct TextState {
+/// Text of a sequence as far as it has come.
+pub struct TextState {
     decoder: IncrementalDecoder,
     stops: StopStringMatcher,
+}
+
+impl TextState {
+    /// For the text that follows `prompt`, up to the first of `stop_strings`.
+    pub fn new(tokenizer: &Tokenizer, prompt: &[u32], stop_strings: &[String]) -> Result<Self> {
+        Ok(TextState {
+            decoder: IncrementalDecoder::continuing(tokenizer, prompt, true)?,
+            stops: StopStringMatcher::new(stop_strings),
+        })
+    }
 }
 
 /// The scheduler's state. It owns the way into the first stage; dropping it ends the stages one after the other.
@@ -273,24 +284,20 @@ impl Scheduler {
                 // Alone it would fit (that was checked when it was submitted), so somebody's end makes room.
                 return;
             }
-            let Some((request, submitted)) = self.waiting.pop_front() else { return };
+            let Some((mut request, submitted)) = self.waiting.pop_front() else { return };
             for (used, (per_token, _)) in self.kv_used.iter_mut().zip(&self.limits.kv) {
                 *used += per_token * capacity as u64;
             }
             let id = request.id;
             self.probe.emit(|| Event::RequestStarted { request: id.0, prompt_tokens: request.prompt.len() });
-            let text = request.text.as_ref().map(|tokenizer| TextState {
-                decoder: IncrementalDecoder::new(tokenizer.clone(), true),
-                stops: StopStringMatcher::new(&request.options.stop_strings),
-            });
             let sequence = Sequence {
                 tokens: request.prompt.clone(),
                 sampler: Sampler::new(&request.options, request.seed, &request.prompt),
+                text: request.text.take(),
                 request,
                 sent: 0,
                 in_flight: 0,
                 capacity,
-                text,
                 submitted,
                 first_token: None,
             };
@@ -313,8 +320,7 @@ impl Scheduler {
             let position = sequence.sent;
             let total = sequence.tokens.len();
             let end = total.min(position + self.limits.prefill_chunk);
-            let slice =
-                SequenceSlice { id, position, len: end - position, length: total, logits: end == total };
+            let slice = SequenceSlice { id, position, len: end - position, length: total, logits: end == total };
             let batch = MicroBatch { slices: vec![slice], tokens: sequence.tokens[position..end].to_vec() };
             sequence.sent = end;
             sequence.in_flight += 1;
@@ -412,7 +418,7 @@ impl Sequence {
             let piece = state.decoder.push(sampled.token)?;
             let matched = state.stops.push(&piece);
             text = matched.text;
-            if matched.stopped {
+            if matched.matched.is_some() {
                 stopped = true;
                 self.text = None; // what was held back belongs to the stop string
             }
@@ -434,7 +440,7 @@ impl Sequence {
         let tail = state.decoder.finish().unwrap_or_default();
         let matched = state.stops.push(&tail);
         let mut text = matched.text;
-        if !matched.stopped {
+        if matched.matched.is_none() {
             text.push_str(&state.stops.finish());
         }
         text

@@ -122,14 +122,8 @@ impl<T: GgmlType> Matrix<T> {
         let mut row = start;
         let mut quads = out.chunks_exact_mut(4);
         for quad in &mut quads {
-            let (a, b, c, d) = T::vec_dot_4(
-                self.k,
-                self.row(row),
-                self.row(row + 1),
-                self.row(row + 2),
-                self.row(row + 3),
-                input,
-            );
+            let (a, b, c, d) =
+                T::vec_dot_4(self.k, self.row(row), self.row(row + 1), self.row(row + 2), self.row(row + 3), input);
             quad.copy_from_slice(&[a, b, c, d]);
             row += 4;
         }
@@ -265,7 +259,8 @@ mod tests {
                                 size += (a as f64 * b as f64).abs();
                             }
                             // The input is rounded to 8 bits for quantised rows, to 8 or 11 bits for the half types.
-                            let tolerance = size * if dtype == WeightType::F32 || m >= WIDEN_FROM { 1e-5 } else { 8e-3 };
+                            let tolerance =
+                                size * if dtype == WeightType::F32 || m >= WIDEN_FROM { 1e-5 } else { 8e-3 };
                             let found = out[i * n + j] as f64;
                             assert!(
                                 (found - want).abs() <= tolerance,

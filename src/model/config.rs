@@ -15,6 +15,8 @@ use crate::weights::gguf::GgufFile;
 pub enum Activation {
     /// `x * sigmoid(x)`.
     Silu,
+    /// GELU with the error function.
+    Gelu,
     /// GELU by its tanh approximation.
     GeluTanh,
 }
@@ -414,11 +416,12 @@ fn from_json(json: &Json, family: &'static Family, model_type: &str) -> Result<D
         Some("gelu_pytorch_tanh" | "gelu_new" | "gelu_fast") => Activation::GeluTanh,
         // Gemma 1 says `gelu` and means the approximation; transformers corrects it in the same way.
         Some("gelu") if family.activation == Activation::GeluTanh => Activation::GeluTanh,
+        Some("gelu") => Activation::Gelu,
         Some(other) => {
             return Err(Error::Unsupported {
                 what: "activation",
                 value: other.to_string(),
-                hint: "supported are silu and gelu_pytorch_tanh".into(),
+                hint: "supported are silu, gelu and gelu_pytorch_tanh".into(),
             });
         }
     };
@@ -602,10 +605,9 @@ fn ropes_from_json(
     let local_theta = json.number("rope_local_base_freq")?.unwrap_or(local_theta);
     match (parameters.object("full_attention")?, parameters.object("sliding_attention")?) {
         (None, None) => Ok((build(&parameters, theta)?, Some(build(&none(), local_theta)?))),
-        (full, sliding) => Ok((
-            build(&full.unwrap_or_else(none), theta)?,
-            Some(build(&sliding.unwrap_or_else(none), local_theta)?),
-        )),
+        (full, sliding) => {
+            Ok((build(&full.unwrap_or_else(none), theta)?, Some(build(&sliding.unwrap_or_else(none), local_theta)?)))
+        }
     }
 }
 

@@ -44,9 +44,17 @@ pub struct WeightBytes {
 
 impl WeightBytes {
     /// Adds up the tensors of a model as they will be held, from headers alone.
-    pub fn of(source: &dyn WeightSource, config: &DecoderConfig, dense_type: Option<WeightType>) -> Result<WeightBytes> {
-        let mut bytes =
-            WeightBytes { embeddings: 0, layers: vec![0; config.num_hidden_layers], head: 0, tied: is_tied(source, config)? };
+    pub fn of(
+        source: &dyn WeightSource,
+        config: &DecoderConfig,
+        dense_type: Option<WeightType>,
+    ) -> Result<WeightBytes> {
+        let mut bytes = WeightBytes {
+            embeddings: 0,
+            layers: vec![0; config.num_hidden_layers],
+            head: 0,
+            tied: is_tied(source, config)?,
+        };
         for name in source.names() {
             let Some(mut meta) = source.meta(&name)? else { continue };
             if let Some(dense_type) = dense_type.filter(|_| meta.dtype.is_dense()) {
@@ -293,6 +301,7 @@ impl Decoder {
         let gate = layer.gate_proj.forward(&normed)?; // (rows, intermediate_size)
         let gate = match config.activation {
             Activation::Silu => gate.silu()?,
+            Activation::Gelu => gate.gelu_erf()?,
             Activation::GeluTanh => gate.gelu()?,
         };
         let up = layer.up_proj.forward(&normed)?;
@@ -370,11 +379,7 @@ impl Layer {
 }
 
 /// The type of activations: f32 on a CPU and with quantised weights; on a GPU with dense weights, the weights' own.
-pub fn activation_dtype(
-    source: &dyn WeightSource,
-    device: &Device,
-    dense_type: Option<WeightType>,
-) -> Result<DType> {
+pub fn activation_dtype(source: &dyn WeightSource, device: &Device, dense_type: Option<WeightType>) -> Result<DType> {
     if device.is_cpu() {
         return Ok(DType::F32);
     }

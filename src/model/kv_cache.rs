@@ -30,10 +30,7 @@ impl SequenceKv {
         let shape = (config.num_key_value_heads, capacity, config.head_dim);
         let layers = (0..layers)
             .map(|_| {
-                Ok(LayerKv {
-                    keys: Tensor::zeros(shape, dtype, device)?,
-                    values: Tensor::zeros(shape, dtype, device)?,
-                })
+                Ok(LayerKv { keys: Tensor::zeros(shape, dtype, device)?, values: Tensor::zeros(shape, dtype, device)? })
             })
             .collect::<Result<Vec<_>>>()?;
         let elements = layers.len() * capacity * config.kv_elements_per_token();

@@ -182,9 +182,7 @@ impl Matrix {
                 with_f32(&x, |x| rows.matmul(x, &mut out, m))?;
                 Ok(Tensor::from_vec(out, (m, *n), &Device::Cpu)?)
             }
-            Matrix::Dense(weight) => {
-                Ok(x.to_dtype(weight.dtype())?.matmul(&weight.t()?)?.to_dtype(x.dtype())?)
-            }
+            Matrix::Dense(weight) => Ok(x.to_dtype(weight.dtype())?.matmul(&weight.t()?)?.to_dtype(x.dtype())?),
             // Candle's Metal kernel for several rows ignores where a view starts, so views are copied.
             Matrix::Quantised { matmul, .. } => {
                 let x = if x.layout().start_offset() == 0 { x.contiguous()? } else { x.force_contiguous()? };

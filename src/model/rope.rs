@@ -54,9 +54,13 @@ impl RopeCache {
     /// Cos and sin of `seq` positions from `position` on: (seq, rotary_dim / 2) each.
     fn cos_sin(&mut self, position: usize, seq: usize, length: usize) -> Result<(Tensor, Tensor)> {
         let long = match &self.config.scaling {
-            RopeScaling::LongRope { original_max_position_embeddings, .. } => length > *original_max_position_embeddings,
+            RopeScaling::LongRope { original_max_position_embeddings, .. } => {
+                length > *original_max_position_embeddings
+            }
             // Every length has frequencies of its own, which are not worth keeping.
-            RopeScaling::Dynamic { original_max_position_embeddings, .. } if length > *original_max_position_embeddings => {
+            RopeScaling::Dynamic { original_max_position_embeddings, .. }
+                if length > *original_max_position_embeddings =>
+            {
                 let table = self.table(position, seq, length)?;
                 return Ok((table.cos, table.sin));
             }

@@ -249,7 +249,13 @@ impl fmt::Display for HeterogeneousPipeline {
         writeln!(
             f,
             "{:<5}  {:<15}  {:<7}  {:>10}  {:>14}  {:>10}  {:>10}",
-            "stage", "device", "layers", "weights", format!("KV@{context}"), "total", "free"
+            "stage",
+            "device",
+            "layers",
+            "weights",
+            format!("KV@{context}"),
+            "total",
+            "free"
         )?;
         for (index, stage) in self.stages.iter().enumerate() {
             let kv = stage.kv_bytes_per_token * context as u64;

@@ -2,7 +2,7 @@
 //! anything is allocated for it; afterwards metadata is decoded from the mapped bytes each time it is asked for, so a
 //! vocabulary of 200 000 strings costs nothing until somebody wants it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -18,8 +18,6 @@ use crate::error::{Error, Result};
 const DEFAULT_ALIGNMENT: u64 = 32;
 /// GGML's own limit.
 const MAX_DIMENSIONS: u32 = 4;
-/// Arrays of arrays deeper than this are refused, since walking them takes a stack frame a level.
-const MAX_ARRAY_DEPTH: u32 = 4;
 
 /// A GGUF file, mapped.
 #[derive(Debug)]
@@ -55,8 +53,8 @@ impl GgufFile {
         reader.check_count(metadata_count, 8 + 4 + 1, format_args!("the metadata count"))?;
         let metadata = read_metadata(&mut reader, metadata_count)?;
         reader.check_count(tensor_count, 8 + 4 + 8 + 4 + 8, format_args!("the tensor count"))?;
-        let entries = read_tensor_entries(&mut reader, tensor_count)?;
-        let data_start = reader.at;
+        let mut tensors = read_tensors(&mut reader, tensor_count)?;
+        let header_end = reader.at;
 
         let mut file = GgufFile {
             path: path.to_path_buf(),
@@ -67,7 +65,8 @@ impl GgufFile {
             map,
         };
         file.refuse_split()?;
-        file.tensors = file.place_tensors(entries, data_start)?;
+        file.place(&mut tensors, header_end)?;
+        file.tensors = tensors;
         file.by_name = file.tensors.iter().enumerate().map(|(index, tensor)| (tensor.name.clone(), index)).collect();
         file.names = gguf_names(file.get_str("general.architecture")?.unwrap_or(""));
         Ok(file)
@@ -89,7 +88,7 @@ impl GgufFile {
         self.metadata.keys().map(String::as_str)
     }
 
-    /// Every tensor under the file's own name, in file order.
+    /// Every tensor under the file's own name, in the order of their data.
     pub fn tensor_infos(&self) -> impl Iterator<Item = (&str, &TensorMeta)> {
         self.tensors.iter().map(|tensor| (tensor.name.as_str(), &tensor.meta))
     }
@@ -132,11 +131,6 @@ impl GgufFile {
         self.array(key, "numbers", Scalar::as_f64)
     }
 
-    /// An array of booleans.
-    pub fn get_bool_array(&self, key: &str) -> Result<Option<Vec<bool>>> {
-        self.array(key, "booleans", Scalar::as_bool)
-    }
-
     /// An array of strings.
     pub fn get_str_array(&self, key: &str) -> Result<Option<Vec<&str>>> {
         self.array(key, "UTF-8 strings", Scalar::as_str)
@@ -159,7 +153,7 @@ impl GgufFile {
     ) -> Result<Option<Vec<T>>> {
         let Some(value) = self.metadata.get(key) else { return Ok(None) };
         let wanted = format_args!("an array of {wanted}");
-        let (Some(count), false) = (value.count, value.kind == Kind::Array) else {
+        let Some(count) = value.count else {
             return Err(self.wrong_type(key, wanted, value.describe()));
         };
         let mut reader = self.reader_at(value.at);
@@ -194,65 +188,38 @@ impl GgufFile {
         }
     }
 
-    /// Turns the header's entries into types, shapes and byte ranges, all of which lie within the file, apart from
-    /// one another.
-    fn place_tensors(&self, entries: Vec<TensorEntry>, header_end: usize) -> Result<Vec<TensorInfo>> {
+    /// Turns the tensors' ranges from ones within the data section into ones within the file, and checks that they
+    /// are in it and apart from one another.
+    fn place(&self, tensors: &mut [TensorInfo], header_end: usize) -> Result<()> {
         let alignment = self.get_u64("general.alignment")?.unwrap_or(DEFAULT_ALIGNMENT);
-        if !alignment.is_power_of_two() {
+        let Some(alignment) = usize::try_from(alignment).ok().filter(|alignment| alignment.is_power_of_two()) else {
             let reason = format!("metadata key `general.alignment` is {alignment}, which is not a power of two");
             return Err(Error::file(&self.path, reason));
-        }
-        let data_start = (header_end as u64).checked_next_multiple_of(alignment);
-
-        let mut unsupported = None;
-        let mut tensors = Vec::new();
-        for entry in entries {
-            let refused =
-                |reason: String| Error::Tensor { path: self.path.clone(), tensor: entry.name.clone(), reason };
-            let Some(dtype) = weight_type(entry.type_id) else {
-                // Said only once the rest of the header is known to be sound: a damaged header also looks like this.
-                unsupported.get_or_insert_with(|| unsupported_type(&self.path, &entry));
+        };
+        let size = self.map.len();
+        let start = header_end.checked_next_multiple_of(alignment).unwrap_or(size).min(size);
+        tensors.sort_by_key(|tensor| tensor.range.start);
+        let mut before: Option<&TensorInfo> = None;
+        for tensor in tensors {
+            let Range { start: from, end: to } = tensor.range;
+            let reason = if !from.is_multiple_of(alignment) {
+                format!("offset {from} is not a multiple of the alignment {alignment}")
+            } else if to > size - start {
+                format!(
+                    "its data (offset {from}, {} bytes) reaches beyond the end of the file of {size} bytes, whose data \
+                     starts at {start}: the download is not complete or the header is damaged",
+                    to - from
+                )
+            } else if let Some(before) = before.filter(|before| before.range.end > start + from) {
+                format!("its data overlaps that of tensor `{}`: the header is damaged", before.name)
+            } else {
+                tensor.range = start + from..start + to;
+                before = Some(tensor);
                 continue;
             };
-            let shape: Option<Vec<usize>> = entry.dims.iter().rev().map(|&dim| usize::try_from(dim).ok()).collect();
-            let elements = shape.as_ref().and_then(|s| s.iter().try_fold(1usize, |all, &dim| all.checked_mul(dim)));
-            let (Some(shape), Some(elements)) = (shape, elements) else {
-                return Err(refused(format!("shape {:?} is too large", entry.dims)));
-            };
-            if elements == 0 {
-                return Err(refused(format!("shape {:?} has a dimension of zero", entry.dims)));
-            }
-            let block = dtype.block_size();
-            if shape.last().is_none_or(|row| !row.is_multiple_of(block)) {
-                let reason =
-                    format!("rows of {} elements are no whole number of {dtype} blocks of {block}", entry.dims[0]);
-                return Err(refused(reason));
-            }
-            if !entry.offset.is_multiple_of(alignment) {
-                let reason = format!("offset {} is not a multiple of the alignment {alignment}", entry.offset);
-                return Err(refused(reason));
-            }
-            let start = data_start.and_then(|start| start.checked_add(entry.offset));
-            let start = start.and_then(|start| usize::try_from(start).ok());
-            let range = start.and_then(|start| Some(start..start.checked_add(dtype.bytes_for(elements)?)?));
-            let Some(range) = range.filter(|range| range.end <= self.map.len()) else {
-                return Err(refused(format!(
-                    "its data ({dtype}, shape {shape:?}, offset {}) reaches beyond the end of the file of {} bytes: the \
-                     download is not complete or the header is damaged",
-                    entry.offset,
-                    self.map.len(),
-                )));
-            };
-            tensors.push(TensorInfo { name: entry.name, meta: TensorMeta { dtype, shape }, range });
+            return Err(Error::Tensor { path: self.path.clone(), tensor: tensor.name.clone(), reason });
         }
-
-        let mut by_offset: Vec<&TensorInfo> = tensors.iter().collect();
-        by_offset.sort_by_key(|tensor| tensor.range.start);
-        if let Some(pair) = by_offset.windows(2).find(|pair| pair[0].range.end > pair[1].range.start) {
-            let reason = format!("its data overlaps that of tensor `{}`: the header is damaged", pair[0].name);
-            return Err(Error::Tensor { path: self.path.clone(), tensor: pair[1].name.clone(), reason });
-        }
-        unsupported.map_or(Ok(tensors), Err)
+        Ok(())
     }
 
     fn find(&self, canonical: &str) -> Option<&TensorInfo> {
@@ -320,71 +287,30 @@ fn gguf_names(architecture: &str) -> NameMap {
     NameMap { model, layer_prefix: "blk.".to_string(), layer }
 }
 
-fn weight_type(type_id: u32) -> Option<WeightType> {
-    WeightType::ALL.into_iter().find(|dtype| ggml_type_name(type_id) == Some(dtype.name()))
+/// GGML's types in the order of their ids. An id is never given to a second type.
+const GGML_TYPES: &str = "F32 F16 Q4_0 Q4_1 Q4_2 Q4_3 Q5_0 Q5_1 Q8_0 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ2_XXS IQ2_XS \
+                          IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ2_S IQ4_XS I8 I16 I32 I64 F64 IQ1_M BF16 Q4_0_4_4 Q4_0_4_8 \
+                          Q4_0_8_8 TQ1_0 TQ2_0 IQ4_NL_4_4 IQ4_NL_4_8 IQ4_NL_8_8 MXFP4 NVFP4 Q1_0 Q2_0";
+
+fn ggml_type_name(type_id: u32) -> Option<&'static str> {
+    GGML_TYPES.split(' ').nth(type_id as usize)
 }
 
-fn unsupported_type(path: &Path, entry: &TensorEntry) -> Error {
-    let name = ggml_type_name(entry.type_id).unwrap_or("unknown");
-    let supported: Vec<&str> = WeightType::ALL.iter().map(|dtype| dtype.name()).collect();
+fn weight_type(type_id: u32) -> Option<WeightType> {
+    let name = ggml_type_name(type_id)?;
+    WeightType::ALL.into_iter().find(|dtype| dtype.name() == name)
+}
+
+fn unsupported_type(path: &Path, tensor: &str, type_id: u32) -> Error {
+    let name = ggml_type_name(type_id).unwrap_or("unknown");
     Error::Unsupported {
         what: "tensor type",
-        value: format!("{name} (id {}) of tensor `{}` in {}", entry.type_id, entry.name, path.display()),
-        hint: format!("supported are {}; take a file quantised to one of them", supported.join(", ")),
+        value: format!("{name} (id {type_id}) of tensor `{tensor}` in {}", path.display()),
+        hint: format!("supported are {}", WeightType::ALL.map(WeightType::name).join(", ")),
     }
 }
 
-/// What GGML calls a type id. It never gives an id to a second type.
-fn ggml_type_name(type_id: u32) -> Option<&'static str> {
-    Some(match type_id {
-        0 => "F32",
-        1 => "F16",
-        2 => "Q4_0",
-        3 => "Q4_1",
-        4 => "Q4_2",
-        5 => "Q4_3",
-        6 => "Q5_0",
-        7 => "Q5_1",
-        8 => "Q8_0",
-        9 => "Q8_1",
-        10 => "Q2_K",
-        11 => "Q3_K",
-        12 => "Q4_K",
-        13 => "Q5_K",
-        14 => "Q6_K",
-        15 => "Q8_K",
-        16 => "IQ2_XXS",
-        17 => "IQ2_XS",
-        18 => "IQ3_XXS",
-        19 => "IQ1_S",
-        20 => "IQ4_NL",
-        21 => "IQ3_S",
-        22 => "IQ2_S",
-        23 => "IQ4_XS",
-        24 => "I8",
-        25 => "I16",
-        26 => "I32",
-        27 => "I64",
-        28 => "F64",
-        29 => "IQ1_M",
-        30 => "BF16",
-        31 => "Q4_0_4_4",
-        32 => "Q4_0_4_8",
-        33 => "Q4_0_8_8",
-        34 => "TQ1_0",
-        35 => "TQ2_0",
-        36 => "IQ4_NL_4_4",
-        37 => "IQ4_NL_4_8",
-        38 => "IQ4_NL_8_8",
-        39 => "MXFP4",
-        40 => "NVFP4",
-        41 => "Q1_0",
-        42 => "Q2_0",
-        _ => return None,
-    })
-}
-
-/// The type of a metadata value.
+/// The type of a metadata value, in the order of the format's ids.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
     U8,
@@ -406,24 +332,6 @@ impl Kind {
     fn from_id(id: u32) -> Option<Kind> {
         use Kind::*;
         [U8, I8, U16, I16, U32, I32, F32, Bool, Str, Array, U64, I64, F64].get(usize::try_from(id).ok()?).copied()
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Kind::U8 => "u8",
-            Kind::I8 => "i8",
-            Kind::U16 => "u16",
-            Kind::I16 => "i16",
-            Kind::U32 => "u32",
-            Kind::I32 => "i32",
-            Kind::F32 => "f32",
-            Kind::Bool => "bool",
-            Kind::Str => "string",
-            Kind::Array => "array",
-            Kind::U64 => "u64",
-            Kind::I64 => "i64",
-            Kind::F64 => "f64",
-        }
     }
 
     /// Bytes of a value; for strings and arrays the least there can be, their length fields.
@@ -451,8 +359,8 @@ struct Value {
 impl Value {
     fn describe(&self) -> String {
         match self.count {
-            Some(count) => format!("an array of {count} {}", self.kind.name()),
-            None => self.kind.name().to_string(),
+            Some(count) => format!("an array of {count} {:?}", self.kind),
+            None => format!("{:?}", self.kind),
         }
     }
 }
@@ -497,48 +405,26 @@ impl<'a> Scalar<'a> {
     }
 
     fn describe(self, kind: Kind) -> String {
-        let kind = kind.name();
         match self {
-            Scalar::Int(value) => format!("{kind} {value}"),
-            Scalar::Float(value) => format!("{kind} {value}"),
-            Scalar::Bool(value) => format!("{kind} {value}"),
-            Scalar::Str(bytes) => match std::str::from_utf8(bytes) {
-                Ok(text) => format!("{kind} {:?}", text.chars().take(40).collect::<String>()),
-                Err(_) => format!("{kind} of {} bytes that are not UTF-8", bytes.len()),
-            },
+            Scalar::Int(value) => format!("{kind:?} {value}"),
+            Scalar::Float(value) => format!("{kind:?} {value}"),
+            Scalar::Bool(value) => format!("{kind:?} {value}"),
+            Scalar::Str(bytes) => format!("{kind:?} \"{}\"", bytes[..bytes.len().min(40)].escape_ascii()),
         }
     }
-}
-
-/// A tensor as the header has it.
-struct TensorEntry {
-    name: String,
-    /// In GGUF's order: the first one is contiguous.
-    dims: Vec<u64>,
-    type_id: u32,
-    /// From the start of the data section.
-    offset: u64,
 }
 
 fn read_version(reader: &mut Reader<'_>) -> Result<()> {
     let path = reader.path;
     let magic = reader.take(4, format_args!("the magic"))?;
-    match magic {
-        b"GGUF" => {}
-        b"FUGG" => return Err(Error::file(path, "is a big endian GGUF file: convert the model for little endian")),
-        b"tjgg" | b"fmgg" | b"lmgg" => {
-            return Err(Error::file(path, "is in a GGML format from before GGUF: convert the model again"));
-        }
-        _ => return Err(Error::file(path, "is not a GGUF file: it does not start with `GGUF`")),
+    if magic != b"GGUF" {
+        return Err(Error::file(path, "is not a GGUF file: it does not start with `GGUF`"));
     }
     let version = reader.u32(format_args!("the version"))?;
     match version {
         2 | 3 => Ok(()),
         1 => Err(Error::file(path, "is GGUF version 1; versions 2 and 3 are read: convert the model again")),
-        // Big endian writers differ in the magic's order and agree on the version's.
-        _ if matches!(version.swap_bytes(), 1..=3) => {
-            Err(Error::file(path, "is a big endian GGUF file: convert the model for little endian"))
-        }
+        _ if matches!(version.swap_bytes(), 1..=3) => Err(Error::file(path, "is big endian: convert the model again")),
         _ => Err(Error::file(path, format!("is GGUF version {version}; versions 2 and 3 are read"))),
     }
 }
@@ -556,28 +442,49 @@ fn read_metadata(reader: &mut Reader<'_>, count: u64) -> Result<BTreeMap<String,
     Ok(metadata)
 }
 
-fn read_tensor_entries(reader: &mut Reader<'_>, count: u64) -> Result<Vec<TensorEntry>> {
-    let mut names = std::collections::HashSet::new();
-    let mut entries = Vec::new();
+/// Reads the tensors' entries, with ranges within the data section.
+fn read_tensors(reader: &mut Reader<'_>, count: u64) -> Result<Vec<TensorInfo>> {
+    let path = reader.path;
+    let mut names = HashSet::new();
+    let mut tensors = Vec::new();
+    let mut unsupported = None;
     for index in 0..count {
         let name = reader.name(format_args!("the name of tensor {index} of {count}"))?;
-        let refused = |reason: String| Error::Tensor { path: reader.path.into(), tensor: name.clone(), reason };
+        let refused = |reason: String| Err(Error::Tensor { path: path.into(), tensor: name.clone(), reason });
         if !names.insert(name.clone()) {
-            return Err(refused("appears twice".to_string()));
+            return refused("appears twice".to_string());
         }
-        let dimensions = reader.u32(format_args!("the number of dimensions of tensor `{name}`"))?;
+        let what = format_args!("the entry of tensor `{name}`");
+        let dimensions = reader.u32(what)?;
         if !(1..=MAX_DIMENSIONS).contains(&dimensions) {
-            return Err(refused(format!("has {dimensions} dimensions; 1 to {MAX_DIMENSIONS} are possible")));
+            return refused(format!("has {dimensions} dimensions; 1 to {MAX_DIMENSIONS} are possible"));
         }
-        let mut dims = Vec::new();
+        let mut shape = Vec::new();
         for _ in 0..dimensions {
-            dims.push(reader.u64(format_args!("the shape of tensor `{name}`"))?);
+            shape.push(usize::try_from(reader.u64(what)?).unwrap_or(usize::MAX));
         }
-        let type_id = reader.u32(format_args!("the type of tensor `{name}`"))?;
-        let offset = reader.u64(format_args!("the offset of tensor `{name}`"))?;
-        entries.push(TensorEntry { name, dims, type_id, offset });
+        let row = shape[0];
+        shape.reverse();
+        let type_id = reader.u32(what)?;
+        let offset = usize::try_from(reader.u64(what)?).unwrap_or(usize::MAX);
+        let Some(dtype) = weight_type(type_id) else {
+            // Said once the other entries are known to be sound: damage also looks like this.
+            unsupported.get_or_insert_with(|| unsupported_type(path, &name, type_id));
+            continue;
+        };
+        if shape.contains(&0) {
+            return refused(format!("shape {shape:?} has a dimension of zero"));
+        }
+        if !row.is_multiple_of(dtype.block_size()) {
+            return refused(format!("rows of {row} are no whole number of {dtype} blocks of {}", dtype.block_size()));
+        }
+        let bytes = shape.iter().try_fold(1usize, |all, &dim| all.checked_mul(dim)).and_then(|n| dtype.bytes_for(n));
+        let Some(end) = bytes.and_then(|bytes| offset.checked_add(bytes)) else {
+            return refused(format!("shape {shape:?} of {dtype} at offset {offset} is impossibly large"));
+        };
+        tensors.push(TensorInfo { name, meta: TensorMeta { dtype, shape }, range: offset..end });
     }
-    Ok(entries)
+    unsupported.map_or(Ok(tensors), Err)
 }
 
 /// Reads little endian values off the mapped bytes. `what` says in errors what was being read.
@@ -637,40 +544,23 @@ impl<'a> Reader<'a> {
             self.scalar(kind, what)?;
             return Ok(Value { kind, count: None, at });
         }
-        let (kind, count) = self.array_header(what)?;
-        let at = self.at;
-        self.skip_elements(kind, count, 1, what)?;
-        Ok(Value { kind, count: Some(count), at })
-    }
-
-    fn array_header(&mut self, what: fmt::Arguments<'_>) -> Result<(Kind, usize)> {
         let kind = self.kind(what)?;
         let count = self.u64(what)?;
         self.check_count(count, kind.min_bytes(), format_args!("the array length of {what}"))?;
-        Ok((kind, count as usize)) // lossless: at most the file's length, which is mapped
-    }
-
-    fn skip_elements(&mut self, kind: Kind, count: usize, depth: u32, what: fmt::Arguments<'_>) -> Result<()> {
+        let at = self.at;
         match kind {
             Kind::Str => {
                 for _ in 0..count {
                     self.string(what)?;
                 }
             }
-            Kind::Array if depth == MAX_ARRAY_DEPTH => {
-                return Err(self.damaged(format_args!("{what} nests arrays more than {MAX_ARRAY_DEPTH} deep")));
-            }
-            Kind::Array => {
-                for _ in 0..count {
-                    let (kind, count) = self.array_header(what)?;
-                    self.skip_elements(kind, count, depth + 1, what)?;
-                }
-            }
+            // GGML's own reader refuses these too.
+            Kind::Array => return Err(self.damaged(format_args!("{what} is an array of arrays"))),
             _ => {
-                self.take(count as u64 * kind.min_bytes(), what)?; // `check_count` has seen that these bytes are there
+                self.take(count * kind.min_bytes(), what)?; // does not overflow: the check found room for it
             }
         }
-        Ok(())
+        Ok(Value { kind, count: Some(count as usize), at }) // lossless: no more than the bytes of the mapped file
     }
 
     fn scalar(&mut self, kind: Kind, what: fmt::Arguments<'_>) -> Result<Scalar<'a>> {

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::safetensors::{Layout, file_names};
+use super::safetensors::file_names;
 use crate::error::{Error, Result};
 
 /// A model's files on this machine.
@@ -159,11 +159,12 @@ use online::download;
 
 #[cfg(feature = "hub")]
 mod online {
+    use std::collections::BTreeSet;
     use std::io::IsTerminal;
     use std::path::{Path, PathBuf};
 
-    use hf_hub::api::sync::{Api, ApiBuilder, ApiError};
-    use hf_hub::{Cache, Repo, RepoType};
+    use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
+    use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 
     use super::super::safetensors::{INDEX_FILE, Layout, SINGLE_FILE, file_names, read_index};
     use super::{HubId, ModelFiles, is_plain, list};
@@ -172,139 +173,119 @@ mod online {
     pub(super) fn download(id: &HubId<'_>) -> Result<ModelFiles> {
         // Both panic when neither HF_HOME nor a home folder says where the cache is.
         let environment = std::panic::catch_unwind(|| (Cache::from_env(), ApiBuilder::from_env()));
-        let (cache, api) = environment.map_err(|_| {
-            failed(id, "there is no home folder to hold the Hugging Face cache: set HF_HOME".to_string())
-        })?;
+        let (cache, api) = environment.map_err(|_| failed(id, "the Hugging Face cache has no place: set HF_HOME"))?;
         cached_or_downloaded(id, &cache, api.with_progress(std::io::stderr().is_terminal()))
     }
 
     pub(super) fn cached_or_downloaded(id: &HubId<'_>, cache: &Cache, api: ApiBuilder) -> Result<ModelFiles> {
-        if let Some(files) = cached(id, cache) {
+        let repo = Repo::with_revision(id.repo.clone(), RepoType::Model, id.revision.to_string());
+        let named = cache.repo(repo.clone());
+        if let Some(files) = cached(id, &named) {
             return Ok(files);
         }
-        let api = api.build().map_err(|error| failed(id, error.to_string()))?;
-        Download::start(id, cache, &api)?.run()
+        let api = api.build().map_err(|error| failed(id, error))?;
+        let info = api.repo(repo).info().map_err(|error| request_failed(id, &error))?;
+        if !is_plain(&info.sha) {
+            return Err(failed(id, format!("the server gives `{}` for a commit", info.sha)));
+        }
+        let repo = Repo::with_revision(id.repo.clone(), RepoType::Model, info.sha.clone());
+        let files = info.siblings.into_iter().map(|file| file.rfilename).filter(|name| is_plain(name)).collect();
+        let snapshot = cache.repo(repo.clone()).pointer_path(&info.sha);
+        let files = Download { id, api: api.repo(repo), snapshot, files }.run()?;
+        // From now on the revision's name is found in the cache.
+        let unwritable = |error| failed(id, format!("the cache cannot be written: {error}"));
+        named.create_ref(&info.sha).map_err(unwritable)?;
+        Ok(files)
     }
 
     /// The model as it lies complete in the cache.
-    fn cached(id: &HubId<'_>, cache: &Cache) -> Option<ModelFiles> {
-        let repo = Repo::with_revision(id.repo.clone(), RepoType::Model, id.revision.to_string());
-        let repo = cache.repo(repo);
+    fn cached(id: &HubId<'_>, repo: &CacheRepo) -> Option<ModelFiles> {
         let wanted = id.file.unwrap_or("config.json");
         // A revision is a branch or tag that the cache has resolved before, or a commit.
-        let path = repo.get(wanted).unwrap_or_else(|| repo.pointer_path(id.revision).join(wanted));
+        let file = repo.get(wanted).unwrap_or_else(|| repo.pointer_path(id.revision).join(wanted));
         if id.file.is_some() {
-            return path.is_file().then_some(ModelFiles::Gguf { file: path });
+            return file.is_file().then_some(ModelFiles::Gguf { file });
         }
-        let dir = path.parent()?;
-        is_complete(dir).then(|| ModelFiles::HuggingFace { dir: dir.to_path_buf() })
+        let dir = file.parent()?.to_path_buf();
+        is_complete(&dir).then_some(ModelFiles::HuggingFace { dir })
     }
 
     /// Whether a folder has a config, a tokenizer and all weights. Weights are downloaded last, so then nothing else
     /// is missing either.
     fn is_complete(dir: &Path) -> bool {
-        let has_tokenizer =
-            || file_names(dir).is_ok_and(|names| names.iter().any(|name| name.starts_with("tokenizer")));
-        let has_weights = || Layout::find(dir).is_ok_and(|layout| layout.files().iter().all(|file| file.is_file()));
-        dir.join("config.json").is_file() && has_tokenizer() && has_weights()
+        dir.join("config.json").is_file()
+            && file_names(dir).is_ok_and(|names| names.iter().any(|name| name.starts_with("tokenizer")))
+            && Layout::find(dir).is_ok_and(|layout| layout.files().iter().all(|file| file.is_file()))
     }
 
     /// One download. It is tied to one commit, so that a push to the repository in between cannot mix two versions.
     struct Download<'a> {
         id: &'a HubId<'a>,
-        cache: &'a Cache,
-        api: &'a Api,
-        commit: String,
+        api: ApiRepo,
+        /// The commit's folder in the cache.
+        snapshot: PathBuf,
         /// Names of the files at the repository's top.
         files: Vec<String>,
     }
 
-    impl<'a> Download<'a> {
-        fn start(id: &'a HubId<'a>, cache: &'a Cache, api: &'a Api) -> Result<Self> {
-            let repo = Repo::with_revision(id.repo.clone(), RepoType::Model, id.revision.to_string());
-            let info = api.repo(repo).info().map_err(|error| request_failed(id, &error))?;
-            if !is_plain(&info.sha) {
-                return Err(failed(id, format!("the server gives `{}` for a commit", info.sha)));
-            }
-            let files = info.siblings.into_iter().map(|file| file.rfilename);
-            let files = files.filter(|name| !name.contains(['/', '\\']) && !name.starts_with('.')).collect();
-            Ok(Download { id, cache, api, commit: info.sha, files })
-        }
-
-        fn run(&self) -> Result<ModelFiles> {
+    impl Download<'_> {
+        fn run(self) -> Result<ModelFiles> {
             let gguf: Vec<&String> = self.files.iter().filter(|name| name.ends_with(".gguf")).collect();
-            let files = match self.id.file {
-                Some(file) if gguf.iter().any(|name| *name == file) => ModelFiles::Gguf { file: self.get(file)? },
-                Some(file) => {
-                    return Err(self.failed(format!("the repository has no `{file}`; its GGUF files: {}", list(&gguf))));
-                }
-                None => self.folder(&gguf)?,
-            };
-            // From now on the revision's name is found in the cache.
-            let repo = Repo::with_revision(self.id.repo.clone(), RepoType::Model, self.id.revision.to_string());
-            self.cache
-                .repo(repo)
-                .create_ref(&self.commit)
-                .map_err(|error| self.failed(format!("the cache cannot be written: {error}")))?;
-            Ok(files)
+            let weights: Vec<&String> = self.files.iter().filter(|name| is_weights(name)).collect();
+            let is_folder = self.has("config.json") && !weights.is_empty();
+            match (self.id.file, &gguf[..]) {
+                (Some(file), _) if self.has(file) => Ok(ModelFiles::Gguf { file: self.get(file)? }),
+                (Some(_), _) => Err(failed(self.id, format!("the repository has other files: {}", list(&gguf)))),
+                (None, _) if is_folder => self.folder(&weights),
+                (None, [only]) => Ok(ModelFiles::Gguf { file: self.get(only)? }),
+                (None, []) => Err(failed(
+                    self.id,
+                    "the repository has neither config.json with safetensors nor a GGUF file: take one that does, or \
+                     convert the model and give the folder",
+                )),
+                (None, _) => Err(failed(
+                    self.id,
+                    format!("name one of the repository's files, as `{}/FILE`: {}", self.id.repo, list(&gguf)),
+                )),
+            }
         }
 
-        fn folder(&self, gguf: &[&String]) -> Result<ModelFiles> {
-            let has = |name: &str| self.files.iter().any(|file| file == name);
-            let weights: Vec<&String> = self.files.iter().filter(|name| is_weights(name)).collect();
-            if !has("config.json") || weights.is_empty() {
-                return match gguf {
-                    [only] => Ok(ModelFiles::Gguf { file: self.get(only)? }),
-                    [] if has("config.json") => Err(self.failed(
-                        "the repository has no safetensors: take one that does, or convert the model and give the folder"
-                            .to_string(),
-                    )),
-                    [] => Err(self.failed("the repository has no config.json, so it is no language model".to_string())),
-                    several => {
-                        let hint = format!("name one of its GGUF files, `{}/FILE`: {}", self.id.repo, list(several));
-                        Err(self.failed(hint))
-                    }
-                };
-            }
-            let config = self.get("config.json")?;
+        fn folder(&self, weights: &[&String]) -> Result<ModelFiles> {
             for file in self.files.iter().filter(|name| is_description(name)) {
                 self.get(file)?;
             }
-            let shards = if has(SINGLE_FILE) {
-                vec![SINGLE_FILE.to_string()]
-            } else if has(INDEX_FILE) {
-                let mut shards: Vec<String> = read_index(&self.get(INDEX_FILE)?)?.into_values().collect();
-                shards.sort();
-                shards.dedup();
-                shards
+            let shards = if self.has(SINGLE_FILE) {
+                BTreeSet::from([SINGLE_FILE.to_string()])
+            } else if self.has(INDEX_FILE) {
+                read_index(&self.get(INDEX_FILE)?)?.into_values().collect()
+            } else if let [only] = weights {
+                BTreeSet::from([only.to_string()])
             } else {
-                weights.into_iter().cloned().collect()
+                return Err(failed(self.id, format!("no {INDEX_FILE} says what these hold: {}", list(weights))));
             };
             for shard in &shards {
                 self.get(shard)?;
             }
-            let dir = config.parent().map(Path::to_path_buf).unwrap_or_default();
-            Ok(ModelFiles::HuggingFace { dir })
+            Ok(ModelFiles::HuggingFace { dir: self.snapshot.clone() })
+        }
+
+        fn has(&self, name: &str) -> bool {
+            self.files.iter().any(|file| file == name)
         }
 
         /// The file's path in the cache, where it is put if it is not there. An interrupted download is resumed.
         fn get(&self, file: &str) -> Result<PathBuf> {
-            let repo = Repo::with_revision(self.id.repo.clone(), RepoType::Model, self.commit.clone());
-            let path = self.cache.repo(repo.clone()).pointer_path(&self.commit).join(file);
+            let path = self.snapshot.join(file);
             if path.is_file() {
                 return Ok(path);
             }
-            self.api.repo(repo).download(file).map_err(|error| request_failed(self.id, &error))
-        }
-
-        fn failed(&self, reason: String) -> Error {
-            failed(self.id, reason)
+            self.api.download(file).map_err(|error| request_failed(self.id, &error))
         }
     }
 
     /// What is needed beside the weights.
     fn is_description(name: &str) -> bool {
-        matches!(name, "generation_config.json" | "special_tokens_map.json" | "chat_template.json")
+        matches!(name, "config.json" | "generation_config.json" | "special_tokens_map.json" | "chat_template.json")
             || name.starts_with("tokenizer")
             || name.ends_with(".jinja")
     }
@@ -314,8 +295,8 @@ mod online {
         name.ends_with(".safetensors") && !name.starts_with("consolidated")
     }
 
-    fn failed(id: &HubId<'_>, reason: String) -> Error {
-        Error::Download { model: id.model.to_string(), reason }
+    fn failed(id: &HubId<'_>, reason: impl std::fmt::Display) -> Error {
+        Error::Download { model: id.model.to_string(), reason: reason.to_string() }
     }
 
     fn request_failed(id: &HubId<'_>, error: &ApiError) -> Error {
@@ -543,7 +524,7 @@ mod tests {
             let cache = tempfile::tempdir().unwrap();
             let message = |model, address: &str| get(model, cache.path(), address).unwrap_err().to_string();
             let no_weights = message("org/name", &address);
-            assert!(no_weights.contains("no safetensors"), "{no_weights}");
+            assert!(no_weights.contains("neither config.json with safetensors"), "{no_weights}");
             let absent = message("org/absent", &address);
             assert!(
                 absent.contains("`org/absent`") && absent.contains("404") && absent.contains("hf auth login"),

@@ -4,13 +4,12 @@
 //! tensor, a type that it does not know makes it refuse the whole file, and offsets near 2^64 make it overflow.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fmt;
 use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
 
 use memmap2::Mmap;
 use serde::Deserialize;
-use serde::de::{Error as _, IgnoredAny, MapAccess, Visitor};
+use serde::de::IgnoredAny;
 
 use super::mapped::{map_file, release_pages};
 use super::names::NameMap;
@@ -252,39 +251,12 @@ impl Entry {
     }
 }
 
-/// The header's tensors by name. A name that comes twice is an error, where a plain map would keep the last.
-struct Header(HashMap<String, Entry>);
-
-impl<'de> Deserialize<'de> for Header {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
-        struct Tensors;
-        impl<'de> Visitor<'de> for Tensors {
-            type Value = Header;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object of tensors")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Header, A::Error> {
-                let mut tensors = HashMap::new();
-                while let Some(name) = map.next_key::<String>()? {
-                    if name == "__metadata__" {
-                        map.next_value::<IgnoredAny>()?;
-                        continue;
-                    }
-                    let entry = map
-                        .next_value::<Entry>()
-                        .map_err(|error| A::Error::custom(format_args!("tensor `{name}`: {error}")))?;
-                    if tensors.contains_key(&name) {
-                        return Err(A::Error::custom(format_args!("tensor `{name}` appears twice")));
-                    }
-                    tensors.insert(name, entry);
-                }
-                Ok(Header(tensors))
-            }
-        }
-        deserializer.deserialize_map(Tensors)
-    }
+#[derive(Deserialize)]
+struct Header {
+    #[serde(rename = "__metadata__")]
+    _metadata: Option<IgnoredAny>,
+    #[serde(flatten)]
+    tensors: HashMap<String, Entry>,
 }
 
 /// Maps one safetensors file and checks that its tensors cover its data, each with the bytes that its shape takes.
@@ -301,7 +273,7 @@ fn open_shard(path: &Path) -> Result<(Shard, HashMap<String, Entry>)> {
         .filter(|&length| length <= room)
         .ok_or_else(|| damaged(format!("the header length says {length} bytes, and there is room for {room}")))?;
     let (header, data) = map[HEADER_LENGTH_BYTES..].split_at(length);
-    let Header(mut tensors) =
+    let Header { mut tensors, .. } =
         serde_json::from_slice(header).map_err(|error| damaged(format!("the header does not parse: {error}")))?;
 
     let mut by_offset: Vec<(&String, &mut Entry)> = tensors.iter_mut().collect();

@@ -1,0 +1,195 @@
+//! What the examples share: flags, loading with a progress bar, and output.
+#![allow(dead_code)] // each example uses a part
+
+use std::io::{IsTerminal, Write};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use candle_pipeline::weights::WeightType;
+use candle_pipeline::{
+    ChatMessage, DEMO_MODEL, DeviceSpec, ExecutorOptions, GenerationOptions, HeterogeneousPipeline,
+    HeterogeneousPipelineExecutor, PipelineOptions, Tokenizer,
+};
+use clap::{Parser, ValueEnum};
+
+/// What goes to stdout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OutputFormat {
+    /// The answer and nothing else.
+    Text,
+    /// One JSON object.
+    Json,
+    /// Nothing.
+    None,
+}
+
+/// Flags that every example takes.
+#[derive(Debug, Clone, Parser)]
+pub struct Flags {
+    /// Model: a folder in Hugging Face layout, a .gguf file, or a hub id (`org/name`).
+    #[arg(long, default_value = DEMO_MODEL)]
+    pub model: String,
+    /// Devices of the stages, in order: cpu, cpu@threads=N, cuda:N, metal:N.
+    #[arg(long, default_value = "cpu,cpu")]
+    pub devices: String,
+    /// Layers of each stage; planned by free memory when absent.
+    #[arg(long, value_delimiter = ',')]
+    pub split: Option<Vec<usize>>,
+    /// The prompt. May be repeated where an example takes several.
+    #[arg(long)]
+    pub prompt: Vec<String>,
+    /// A file with the prompt.
+    #[arg(long, conflicts_with = "prompt")]
+    pub prompt_file: Option<std::path::PathBuf>,
+    /// The prompt as token ids, for models without a tokenizer.
+    #[arg(long, conflicts_with_all = ["prompt", "prompt_file"])]
+    pub token_ids: Vec<String>,
+    /// Wrap the prompt in the model's chat template.
+    #[arg(long)]
+    pub chat: bool,
+    /// Tokens to generate at most.
+    #[arg(long, default_value_t = 256)]
+    pub max_tokens: usize,
+    /// 0 is greedy.
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f32,
+    /// Nucleus; 1 cuts nothing.
+    #[arg(long, default_value_t = 1.0)]
+    pub top_p: f32,
+    /// The k most likely tokens only.
+    #[arg(long)]
+    pub top_k: Option<usize>,
+    /// Seed of the random choice.
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Go on past end-of-sequence tokens.
+    #[arg(long)]
+    pub ignore_eos: bool,
+    /// Type for F32, F16 and BF16 weights: f32, f16 or bf16.
+    #[arg(long)]
+    pub dtype: Option<String>,
+    /// Positions of a sequence, prompt and output together; the model's own limit when absent.
+    #[arg(long)]
+    pub context_length: Option<usize>,
+    /// What goes to stdout.
+    #[arg(long, value_enum, default_value_t = OutputFormat::Text)]
+    pub output_format: OutputFormat,
+    /// With JSON: also the logits of the last prompt position.
+    #[arg(long)]
+    pub logits: bool,
+}
+
+impl Flags {
+    /// Options for a generation.
+    pub fn generation(&self) -> GenerationOptions {
+        GenerationOptions {
+            top_k: self.top_k,
+            seed: self.seed,
+            ignore_eos: self.ignore_eos,
+            prompt_logits: self.logits,
+            ..GenerationOptions::new(self.max_tokens, self.temperature, self.top_p)
+        }
+    }
+
+    /// Plans and loads the model, showing both on stderr.
+    pub async fn load(&self) -> Result<HeterogeneousPipelineExecutor> {
+        self.load_with(ExecutorOptions::default()).await
+    }
+
+    /// The same with executor options.
+    pub async fn load_with(&self, options: ExecutorOptions) -> Result<HeterogeneousPipelineExecutor> {
+        let devices = DeviceSpec::parse_list(&self.devices)?;
+        let dtype = self.dtype.as_deref().map(parse_dtype).transpose()?;
+        let plan = PipelineOptions { split: self.split.clone(), context_length: self.context_length, dtype };
+        let model = self.model.clone();
+        // Planning reads files and may download, which must not hold up the runtime.
+        let pipeline =
+            tokio::task::spawn_blocking(move || HeterogeneousPipeline::with_options(&devices, &model, plan)).await??;
+        if self.output_format != OutputFormat::None {
+            eprint!("{pipeline}");
+        }
+        let (progress, bar) = loading_bar(pipeline.stages().iter().map(|stage| stage.weight_bytes).sum());
+        let options = ExecutorOptions { progress: Some(progress), ..options };
+        let executor = HeterogeneousPipelineExecutor::with_options(pipeline, &self.model, options).await?;
+        bar.finish_and_clear();
+        if self.output_format != OutputFormat::None {
+            eprintln!("ready in {:.2?}", executor.load_time());
+        }
+        Ok(executor)
+    }
+
+    /// The prompts as token ids: those given, or `defaults`.
+    pub fn prompts(&self, tokenizer: Option<&Tokenizer>, defaults: &[&str]) -> Result<Vec<Vec<u32>>> {
+        if !self.token_ids.is_empty() {
+            return self.token_ids.iter().map(|list| parse_ids(list)).collect();
+        }
+        let texts: Vec<String> = match &self.prompt_file {
+            Some(path) => vec![std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?],
+            None if self.prompt.is_empty() => defaults.iter().map(|text| text.to_string()).collect(),
+            None => self.prompt.clone(),
+        };
+        let Some(tokenizer) = tokenizer else {
+            bail!("{} has no tokenizer: give the prompt as --token-ids", self.model);
+        };
+        let encode = |text: String| match self.chat {
+            true => tokenizer.encode_chat(&[ChatMessage::user(text)]),
+            false => tokenizer.encode(&text, true),
+        };
+        Ok(texts.into_iter().map(encode).collect::<candle_pipeline::Result<_>>()?)
+    }
+}
+
+fn parse_ids(list: &str) -> Result<Vec<u32>> {
+    let id = |id: &str| id.trim().parse().with_context(|| format!("--token-ids: `{id}` is no token id"));
+    list.split(',').filter(|id| !id.trim().is_empty()).map(id).collect()
+}
+
+fn parse_dtype(name: &str) -> Result<WeightType> {
+    Ok(match name.to_ascii_lowercase().as_str() {
+        "f32" => WeightType::F32,
+        "f16" => WeightType::F16,
+        "bf16" => WeightType::BF16,
+        _ => bail!("--dtype {name}: one of f32, f16, bf16"),
+    })
+}
+
+/// A bar on stderr while weights arrive, if a terminal watches.
+fn loading_bar(total: u64) -> (Arc<dyn Fn(u64, u64) + Send + Sync>, indicatif::ProgressBar) {
+    let bar = match std::io::stderr().is_terminal() {
+        true => indicatif::ProgressBar::new(total),
+        false => indicatif::ProgressBar::hidden(),
+    };
+    let style = indicatif::ProgressStyle::with_template("loading {bar:40} {bytes}/{total_bytes}");
+    bar.set_style(style.expect("the template is a constant"));
+    let shown = bar.clone();
+    (Arc::new(move |loaded, _total| shown.set_position(loaded)), bar)
+}
+
+/// The stages for JSON output.
+pub fn stages_json(executor: &HeterogeneousPipelineExecutor) -> serde_json::Value {
+    let stages = executor.stages().iter().zip(executor.memory());
+    stages
+        .map(|(stage, memory)| {
+            serde_json::json!({
+                "device": stage.device.to_string(),
+                "first_layer": stage.layers.start,
+                "last_layer": stage.layers.end - 1,
+                "bytes": memory.weights,
+                "kv_bytes_per_token": stage.kv_bytes_per_token,
+            })
+        })
+        .collect()
+}
+
+/// Tokens of the run over its whole time, and decode alone (the first token belongs to prefill).
+pub fn rates(tokens: usize, ttft: Duration, total: Duration) -> (f64, f64) {
+    let rate = |tokens: usize, time: Duration| if time.is_zero() { 0.0 } else { tokens as f64 / time.as_secs_f64() };
+    (rate(tokens, total), rate(tokens.saturating_sub(1), total.saturating_sub(ttft)))
+}
+
+/// Prints a piece of the answer at once.
+pub fn print_now(text: &str) {
+    print!("{text}");
+    let _ = std::io::stdout().flush();
+}

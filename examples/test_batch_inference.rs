@@ -1,0 +1,64 @@
+//! Several prompts at once; each output is the one the prompt gives alone.
+//!
+//! ```text
+//! cargo run --release --example test_batch_inference -- --prompt "Once upon a time" --prompt "One day"
+//! ```
+
+mod common;
+
+use std::time::Instant;
+
+use clap::Parser;
+use common::{Flags, OutputFormat};
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let flags = Flags::parse();
+    let executor = flags.load().await?;
+    let defaults = ["Once upon a time", "One sunny morning", "There was a little"];
+    let prompts = flags.prompts(executor.tokenizer(), &defaults)?;
+    let began = Instant::now();
+    let outputs = executor.infer_batch_with(&prompts, &flags.generation()).await?;
+    let total = began.elapsed();
+
+    let text = |ids: &[u32]| match executor.tokenizer() {
+        Some(tokenizer) => tokenizer.decode(ids, true),
+        None => Ok(format!("{ids:?}")),
+    };
+    let generated: usize = outputs.iter().map(|output| output.tokens.len()).sum();
+    match flags.output_format {
+        OutputFormat::Text => {
+            for (prompt, output) in prompts.iter().zip(&outputs) {
+                let whole: Vec<u32> = prompt.iter().chain(&output.tokens).copied().collect();
+                println!("{}\n", text(&whole)?);
+            }
+        }
+        OutputFormat::Json => {
+            let sequences = prompts.iter().zip(&outputs).map(|(prompt, output)| {
+                Ok(serde_json::json!({
+                    "prompt_tokens": prompt,
+                    "tokens": output.tokens,
+                    "text": text(&output.tokens)?,
+                    "finish_reason": output.finish_reason,
+                    "ttft_us": output.time_to_first_token.as_micros() as u64,
+                    "total_us": output.total_time.as_micros() as u64,
+                }))
+            });
+            let sequences = sequences.collect::<anyhow::Result<Vec<_>>>()?;
+            println!(
+                "{}",
+                serde_json::json!({
+                    "model": flags.model,
+                    "sequences": sequences,
+                    "stages": common::stages_json(&executor),
+                    "total_us": total.as_micros() as u64,
+                    "tokens_per_second": generated as f64 / total.as_secs_f64(),
+                })
+            );
+        }
+        OutputFormat::None => {}
+    }
+    let rate = generated as f64 / total.as_secs_f64();
+    eprintln!("{} sequences, {generated} tokens in {total:.2?}: {rate:.1} tokens/s together", prompts.len());
+    Ok(())
+}
