@@ -2,7 +2,7 @@
 //!
 //! The order is that of the logits processors of transformers: penalties, temperature, top-k, top-p, min-p, one draw.
 //! Every filter keeps a prefix of the tokens sorted by likelihood, so the three together keep the shortest of the three
-//! prefixes; only as much of the vocabulary is sorted as that prefix needs.
+//! prefixes. The vocabulary is never sorted for it, only what top-k leaves.
 //!
 //! The same logits, options and seed give the same token on every platform: the exponential is computed here from
 //! additions and multiplications alone (a C library's `expf` differs in the last bit from one system to the next), sums
@@ -162,65 +162,44 @@ impl Sampler {
         }
 
         weigh(logits, max, scale, weights, block_sums);
-        if self.top_p >= 1.0 {
-            if self.min_p > 0.0 {
-                for (block, sum) in weights.chunks_mut(BLOCK).zip(block_sums.iter_mut()) {
-                    for weight in block.iter_mut() {
-                        *weight = if *weight >= self.min_p { *weight } else { 0.0 };
-                    }
-                    *sum = lane_sum(block);
-                }
+        if self.top_p < 1.0 {
+            let cut = nucleus_end(logits, weights, top_p, block_sums.iter().sum(), best);
+            let (cut_logit, cut_token) = (logit_of(cut), token_of(cut) as usize);
+            // Among tokens as likely as the last one of the nucleus, those with higher ids are outside.
+            let (upto, after) = weights.split_at_mut(cut_token + 1);
+            let (logits_upto, logits_after) = logits.split_at(cut_token + 1);
+            for (weight, &logit) in upto.iter_mut().zip(logits_upto) {
+                *weight = if logit >= cut_logit { *weight } else { 0.0 };
             }
-            return Kept::Weighted;
-        }
-
-        // Tokens lighter than (1 - p) of the mean weigh less than 1 - p of the total together, so the nucleus is found
-        // among the others; it cannot hold a token that min-p drops either. Rounding in the sums is far below the
-        // slack, but take no risk.
-        let total: f64 = block_sums.iter().sum();
-        let threshold = (1.0 - top_p) * total / logits.len() as f64 * (1.0 - 1e-6);
-        let threshold = (threshold as f32).max(self.min_p).min(1.0);
-        best.clear();
-        for (i, chunk) in weights.chunks(LANES).enumerate() {
-            if chunk.iter().fold(false, |any, &weight| any | (weight >= threshold)) {
-                for (j, _) in chunk.iter().enumerate().filter(|&(_, &weight)| weight >= threshold) {
-                    let token = i * LANES + j;
-                    best.push(key(logits[token], token as u32));
-                }
+            for (weight, &logit) in after.iter_mut().zip(logits_after) {
+                *weight = if logit > cut_logit { *weight } else { 0.0 };
             }
         }
-        // Sort ever longer pieces from the front until their weights add up.
-        let target = top_p * total;
-        weights.clear();
-        let mut mass = 0.0;
-        let mut piece = 256;
-        while weights.len() < best.len() {
-            let rest = &mut best[weights.len()..];
-            let piece_len = piece.min(rest.len());
-            if piece_len < rest.len() {
-                rest.select_nth_unstable(piece_len - 1);
+        if self.min_p > 0.0 {
+            for weight in weights.iter_mut() {
+                *weight = if *weight >= self.min_p { *weight } else { 0.0 };
             }
-            rest[..piece_len].sort_unstable();
-            for &key in &rest[..piece_len] {
-                let weight = exp((logit_of(key) - max) * scale);
-                weights.push(weight);
-                mass += f64::from(weight);
-                if mass >= target {
-                    return Kept::Best(weights.len());
-                }
-            }
-            piece *= 4;
         }
-        Kept::Best(weights.len())
+        if self.top_p < 1.0 || self.min_p > 0.0 {
+            for (sum, block) in block_sums.iter_mut().zip(weights.chunks(BLOCK)) {
+                *sum = lane_sum(block);
+            }
+        }
+        Kept::Weighted
     }
 
     /// Log-probabilities of the token and of the `top` most likely ones under the model's own distribution.
     fn logprob(&mut self, logits: &[f32], token: u32, top: usize) -> Result<TokenLogprob> {
         let (_, max) = most_likely(logits)?;
-        weigh(logits, max, 1.0, &mut self.weights, &mut self.block_sums);
-        let log_sum = self.block_sums.iter().sum::<f64>().ln();
-        // The difference of two equal infinities is NaN; a token as likely as the best has weight 1.
+        let sum = if max.is_finite() {
+            weigh(logits, max, 1.0, &mut self.weights, &mut self.block_sums);
+            self.block_sums.iter().sum::<f64>()
+        } else {
+            logits.iter().filter(|&&logit| logit == max).count() as f64
+        };
+        let log_sum = sum.ln();
         let log_probability = |logit: f32| {
+            // The difference of two equal infinities is NaN.
             let difference = if logit == max { 0.0 } else { f64::from(logit) - f64::from(max) };
             (difference - log_sum) as f32
         };
@@ -382,13 +361,12 @@ fn logit_of(key: u64) -> f32 {
     f32::from_bits(if ascending >> 31 == 1 { ascending & 0x7fff_ffff } else { !ascending })
 }
 
-/// `weights[i] = exp((logits[i] - max) * scale)`, and the sum of each block of them.
+/// `weights[i] = exp((logits[i] - max) * scale)`, and the sum of each block of them. `max` and `scale` are finite.
 fn weigh(logits: &[f32], max: f32, scale: f32, weights: &mut Vec<f32>, block_sums: &mut Vec<f64>) {
     weights.clear();
     block_sums.clear();
     for block in logits.chunks(BLOCK) {
-        // The difference of two equal infinities is NaN.
-        weights.extend(block.iter().map(|&logit| if logit == max { 1.0 } else { exp((logit - max) * scale) }));
+        weights.extend(block.iter().map(|&logit| exp((logit - max) * scale)));
         block_sums.push(lane_sum(&weights[weights.len() - block.len()..]));
     }
 }
@@ -422,6 +400,54 @@ fn nucleus(weights: &[f32], target: f64) -> Option<usize> {
         }
     }
     None
+}
+
+/// The key of the last token of the nucleus: the first in order of likelihood with which the weights add up to `top_p`
+/// times their sum `total`.
+///
+/// Found by quickselect over weight in place of rank: halve the candidates, look on which side the mass is reached, and
+/// go on there. Nothing is sorted but the last few.
+fn nucleus_end(logits: &[f32], weights: &[f32], top_p: f64, total: f64, candidates: &mut Vec<u64>) -> u64 {
+    // Tokens lighter than (1 - p) of the mean weigh less than 1 - p of the total together, so the nucleus ends among
+    // the others. What rounding may do to the sums is far below the margin.
+    let threshold = ((1.0 - top_p) * total / logits.len() as f64 * (1.0 - 1e-6)) as f32;
+    candidates.clear();
+    for (i, chunk) in weights.chunks(LANES).enumerate() {
+        if !chunk.iter().fold(false, |any, &weight| any | (weight >= threshold)) {
+            continue;
+        }
+        for (j, &weight) in chunk.iter().enumerate() {
+            if weight >= threshold {
+                let token = i * LANES + j;
+                candidates.push(key(logits[token], token as u32));
+            }
+        }
+    }
+    let weight_of = |key: u64| f64::from(weights[token_of(key) as usize]);
+    let mut rest = candidates.as_mut_slice();
+    let mut wanted = top_p * total;
+    while rest.len() > 64 {
+        let middle = rest.len() / 2;
+        rest.select_nth_unstable(middle);
+        let (left, right) = rest.split_at_mut(middle);
+        let mass: f64 = left.iter().map(|&key| weight_of(key)).sum();
+        if mass >= wanted {
+            rest = left;
+        } else {
+            wanted -= mass;
+            rest = right;
+        }
+    }
+    rest.sort_unstable();
+    let mut end = 0;
+    for &mut candidate in rest {
+        end = candidate;
+        wanted -= weight_of(candidate);
+        if wanted <= 0.0 {
+            break;
+        }
+    }
+    end
 }
 
 /// The first index at which the running sum of the weights exceeds `target`; where rounding leaves none, the last index
@@ -468,7 +494,9 @@ fn exp(x: f32) -> f32 {
     p = p * r + 5.0e-1;
     let y = p * r * r + r + 1.0;
     let power_of_two = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23;
-    if x >= LOWEST { y * f32::from_bits(power_of_two) } else { 0.0 }
+    // A mask in place of a branch around the polynomial.
+    let in_range = u32::from(x >= LOWEST).wrapping_neg();
+    f32::from_bits((y * f32::from_bits(power_of_two)).to_bits() & in_range)
 }
 
 #[cfg(test)]

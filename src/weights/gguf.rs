@@ -526,8 +526,11 @@ impl<'a> Reader<'a> {
     /// A key or a tensor's name.
     fn name(&mut self, what: fmt::Arguments<'_>) -> Result<String> {
         let bytes = self.string(what)?;
-        let text = std::str::from_utf8(bytes).map_err(|_| self.damaged(format_args!("{what} is not UTF-8")))?;
-        Ok(text.to_string())
+        match std::str::from_utf8(bytes) {
+            Ok("") => Err(self.damaged(format_args!("{what} is empty"))),
+            Ok(text) => Ok(text.to_string()),
+            Err(_) => Err(self.damaged(format_args!("{what} is not UTF-8"))),
+        }
     }
 
     fn kind(&mut self, what: fmt::Arguments<'_>) -> Result<Kind> {

@@ -354,7 +354,8 @@ mod tests {
             let dir = root.path().join(name);
             std::fs::create_dir(&dir).unwrap();
             for file in files {
-                std::fs::write(dir.join(file), b"GGUF").unwrap();
+                let is_gguf = file.ends_with(".gguf") || file.starts_with("sha256");
+                std::fs::write(dir.join(file), if is_gguf { "GGUF" } else { "text" }).unwrap();
             }
             dir
         };
@@ -372,7 +373,6 @@ mod tests {
         assert_eq!(found(&blob).unwrap(), ModelFiles::Gguf { file: blob });
 
         let lone = folder("lone", &["model.safetensors", "notes.txt"]);
-        std::fs::write(lone.join("notes.txt"), b"text").unwrap();
         for (path, reason) in [
             (folder("several", &["a.gguf", "b.gguf"]), "`a.gguf`, `b.gguf`"),
             (folder("none", &["readme.md"]), "neither config.json nor a .gguf file"),

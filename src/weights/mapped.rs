@@ -91,4 +91,22 @@ mod tests {
         release_pages(&map, 0..usize::MAX / RELEASE_UNIT * RELEASE_UNIT);
         assert_eq!(&map[..], &bytes[..]);
     }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn released_pages_leave_the_process() {
+        let resident_kib = || {
+            let status = std::fs::read_to_string("/proc/self/status").unwrap();
+            let line = status.lines().find_map(|line| line.strip_prefix("RssFile:")).unwrap();
+            line.trim().trim_end_matches(" kB").parse::<i64>().unwrap()
+        };
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), vec![1u8; 64 << 20]).unwrap();
+        let map = map_file(file.path()).unwrap();
+        assert_eq!(map.iter().map(|&byte| u64::from(byte)).sum::<u64>(), 64 << 20);
+        let before = resident_kib();
+        release_pages(&map, 100..map.len() - 100);
+        let released = before - resident_kib();
+        assert!(released > 48 << 10, "{released} KiB of 64 MiB were released");
+    }
 }

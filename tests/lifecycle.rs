@@ -1,0 +1,376 @@
+//! Requests from their submission to their end: independent of each other, cancelled at once, never lost when a stage
+//! fails, and leaving nothing behind.
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use candle_core::Tensor;
+use candle_pipeline::backend::{MicroBatch, SequenceId, StageBackend, StageBytes, StageOutput};
+use candle_pipeline::{
+    DEMO_MODEL, DeviceSpec, Error, ExecutorOptions, FinishReason, GenerationEvent, GenerationOptions,
+    HeterogeneousPipeline, HeterogeneousPipelineExecutor, PipelineOptions,
+};
+use common::{bits, executor, executor_with, greedy};
+use futures::StreamExt;
+
+/// What a test does to one stage.
+#[derive(Default)]
+struct Meddling {
+    /// Forward passes so far, over all stages.
+    passes: AtomicUsize,
+    /// Milliseconds each pass takes longer.
+    delay_ms: AtomicUsize,
+    /// Pass of stage 1 that panics; 0 for none.
+    panic_at: AtomicUsize,
+    /// Pass of stage 1 that returns an error; 0 for none.
+    error_at: AtomicUsize,
+    /// Backends dropped.
+    dropped: AtomicUsize,
+    /// Passes of stage 1.
+    second_stage: AtomicUsize,
+}
+
+struct Meddled {
+    stage: usize,
+    inner: Box<dyn StageBackend>,
+    meddling: Arc<Meddling>,
+}
+
+impl StageBackend for Meddled {
+    fn open(&mut self, id: SequenceId, capacity: usize) -> candle_pipeline::Result<()> {
+        self.inner.open(id, capacity)
+    }
+
+    fn close(&mut self, id: SequenceId) {
+        self.inner.close(id);
+    }
+
+    fn forward(&mut self, batch: &MicroBatch, input: Option<Tensor>) -> candle_pipeline::Result<StageOutput> {
+        let meddling = &self.meddling;
+        meddling.passes.fetch_add(1, Ordering::SeqCst);
+        std::thread::sleep(Duration::from_millis(meddling.delay_ms.load(Ordering::SeqCst) as u64));
+        if self.stage == 1 {
+            let pass = meddling.second_stage.fetch_add(1, Ordering::SeqCst) + 1;
+            assert!(pass != meddling.panic_at.load(Ordering::SeqCst), "the test wants this panic");
+            if pass == meddling.error_at.load(Ordering::SeqCst) {
+                return Err(Error::Tensors("the test wants this error".into()));
+            }
+        }
+        self.inner.forward(batch, input)
+    }
+
+    fn bytes(&self) -> StageBytes {
+        self.inner.bytes()
+    }
+}
+
+impl Drop for Meddled {
+    fn drop(&mut self) {
+        self.meddling.dropped.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+async fn meddled(prefill_chunk: usize) -> (HeterogeneousPipelineExecutor, Arc<Meddling>) {
+    let meddling = Arc::new(Meddling::default());
+    let shared = meddling.clone();
+    let options = ExecutorOptions {
+        prefill_chunk,
+        wrap_backend: Some(Arc::new(move |stage, inner| Box::new(Meddled { stage, inner, meddling: shared.clone() }))),
+        ..ExecutorOptions::default()
+    };
+    (executor_with(DEMO_MODEL, "cpu,cpu", Some(&[5, 3]), options).await.unwrap(), meddling)
+}
+
+fn kv_bytes(executor: &HeterogeneousPipelineExecutor) -> u64 {
+    executor.memory().iter().map(|stage| stage.kv).sum()
+}
+
+/// Waits until every stage has freed its KV.
+async fn assert_memory_returns(executor: &HeterogeneousPipelineExecutor) {
+    let began = Instant::now();
+    while kv_bytes(executor) != 0 {
+        assert!(began.elapsed() < Duration::from_secs(5), "{} bytes of KV are left", kv_bytes(executor));
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+fn prompt(length: usize) -> Vec<u32> {
+    (0..length).map(|i| (4 + i * 13 % 500) as u32).collect()
+}
+
+#[tokio::test]
+async fn the_second_request_equals_the_first() {
+    let executor = executor(DEMO_MODEL, "cpu,cpu", None).await.unwrap();
+    let first = executor.infer_with(&prompt(30), &greedy(30)).await.unwrap();
+    executor.infer(&prompt(200), 10, 0.0, 1.0).await.unwrap();
+    let second = executor.infer_with(&prompt(30), &greedy(30)).await.unwrap();
+    assert_eq!(bits(&first), bits(&second));
+    assert_memory_returns(&executor).await;
+}
+
+#[tokio::test]
+async fn warmup_leaves_no_trace_and_reports_each_stage() {
+    let cold = executor(DEMO_MODEL, "cpu,cpu", None).await.unwrap();
+    let warm = executor(DEMO_MODEL, "cpu,cpu", None).await.unwrap();
+    let report = warm.warmup().await.unwrap();
+    assert_eq!(report.stages.len(), 2);
+    assert!(report.stages.iter().all(|(_, compute)| *compute > Duration::ZERO), "{report:?}");
+    assert!(report.prefill_tokens > 1 && report.decode_steps > 0 && report.duration > Duration::ZERO);
+    let run = greedy(20);
+    let cold = cold.infer_with(&prompt(20), &run).await.unwrap();
+    assert_eq!(bits(&cold), bits(&warm.infer_with(&prompt(20), &run).await.unwrap()));
+    assert_memory_returns(&warm).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn eight_streams_at_once_equal_eight_alone() {
+    let executor = executor(DEMO_MODEL, "cpu,cpu", None).await.unwrap();
+    let mut alone = Vec::new();
+    for i in 0..8 {
+        alone.push(executor.infer(&prompt(5 + 20 * i), 30, 0.0, 1.0).await.unwrap());
+    }
+    let tasks: Vec<_> = (0..8)
+        .map(|i| {
+            let executor = executor.clone();
+            tokio::spawn(async move {
+                let stream = executor.infer_stream(prompt(5 + 20 * i), 30, 0.0, 1.0);
+                stream.map(Result::unwrap).collect::<Vec<u32>>().await
+            })
+        })
+        .collect();
+    for (task, alone) in tasks.into_iter().zip(alone) {
+        assert_eq!(task.await.unwrap(), alone);
+    }
+    assert_memory_returns(&executor).await;
+}
+
+#[tokio::test]
+async fn dropping_a_stream_in_decode_stops_the_work_and_frees_its_memory() {
+    let (executor, meddling) = meddled(256).await;
+    let endless = GenerationOptions { ignore_eos: true, ..GenerationOptions::new(400, 0.0, 1.0) };
+    let mut stream = executor.infer_stream_with(prompt(10), &endless);
+    for _ in 0..5 {
+        stream.next().await.unwrap().unwrap();
+    }
+    assert!(kv_bytes(&executor) > 0);
+    meddling.delay_ms.store(20, Ordering::SeqCst);
+    drop(stream);
+    let passes = meddling.passes.load(Ordering::SeqCst);
+    assert_memory_returns(&executor).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let later = meddling.passes.load(Ordering::SeqCst) - passes;
+    // The step in flight may still pass the stages, and one more that was being sent.
+    assert!(later <= 4, "{later} passes after the stream was dropped");
+}
+
+#[tokio::test]
+async fn dropping_a_stream_in_prefill_stops_within_a_chunk() {
+    let (executor, meddling) = meddled(8).await;
+    meddling.delay_ms.store(10, Ordering::SeqCst);
+    let stream = executor.infer_stream(prompt(400), 10, 0.0, 1.0); // 50 chunks in two stages: 100 passes
+    while meddling.passes.load(Ordering::SeqCst) < 6 {
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    drop(stream);
+    let passes = meddling.passes.load(Ordering::SeqCst);
+    assert_memory_returns(&executor).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let later = meddling.passes.load(Ordering::SeqCst) - passes;
+    assert!(later <= 8, "{later} passes after the stream was dropped");
+    // The executor goes on.
+    meddling.delay_ms.store(0, Ordering::SeqCst);
+    assert_eq!(executor.infer(&prompt(3), 4, 0.0, 1.0).await.unwrap().len(), 4);
+}
+
+#[tokio::test]
+async fn a_stream_that_is_never_polled_is_cancelled_too() {
+    let executor = executor(DEMO_MODEL, "cpu", None).await.unwrap();
+    drop(executor.infer_stream(prompt(100), 100, 0.0, 1.0));
+    assert_eq!(executor.infer(&prompt(3), 4, 0.0, 1.0).await.unwrap().len(), 4);
+    assert_memory_returns(&executor).await;
+}
+
+#[tokio::test]
+async fn chunks_do_not_show_in_the_tokens() {
+    let whole = executor(DEMO_MODEL, "cpu", None).await.unwrap().infer(&prompt(90), 20, 0.0, 1.0).await.unwrap();
+    for chunk in [1, 7, 64] {
+        let (executor, _) = meddled(chunk).await;
+        assert_eq!(executor.infer(&prompt(90), 20, 0.0, 1.0).await.unwrap(), whole, "chunks of {chunk}");
+    }
+}
+
+#[tokio::test]
+async fn an_error_in_a_stage_ends_its_sequence_with_it_and_no_other() {
+    let (executor, meddling) = meddled(256).await;
+    meddling.error_at.store(3, Ordering::SeqCst);
+    let error = executor.infer(&prompt(10), 30, 0.0, 1.0).await.unwrap_err();
+    match &error {
+        Error::StageFailed { stage: 1, device, reason } => {
+            assert_eq!(device, "cpu");
+            assert!(reason.contains("the test wants this error"), "{reason}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(executor.failure().is_none());
+    assert_eq!(executor.infer(&prompt(10), 5, 0.0, 1.0).await.unwrap().len(), 5);
+    assert_memory_returns(&executor).await;
+}
+
+#[tokio::test]
+async fn a_panic_in_a_stage_reaches_every_caller_and_a_new_executor_works() {
+    let (executor, meddling) = meddled(256).await;
+    meddling.panic_at.store(12, Ordering::SeqCst);
+    let endless = GenerationOptions { ignore_eos: true, ..GenerationOptions::new(300, 0.0, 1.0) };
+    let prompts: Vec<_> = (1..6).map(|i| prompt(i * 4)).collect();
+    let runs = prompts.iter().map(|prompt| executor.infer_with(prompt, &endless));
+    let all = tokio::time::timeout(Duration::from_secs(20), futures::future::join_all(runs)).await;
+    for outcome in all.expect("nothing hangs") {
+        match outcome.unwrap_err() {
+            Error::StagePanicked { stage: 1, reason, .. } => assert!(reason.contains("wants this panic"), "{reason}"),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(matches!(executor.failure(), Some(Error::StagePanicked { .. })));
+    let later = executor.infer(&prompt(3), 3, 0.0, 1.0).await.unwrap_err();
+    assert!(matches!(later, Error::StagePanicked { .. }), "{later:?}");
+    drop(executor);
+    assert_eq!(meddling.dropped.load(Ordering::SeqCst), 2);
+    let (fresh, _) = meddled(256).await;
+    assert_eq!(fresh.infer(&prompt(3), 3, 0.0, 1.0).await.unwrap().len(), 3);
+}
+
+#[tokio::test]
+async fn dropping_the_last_handle_joins_the_threads_and_ends_its_streams() {
+    let (executor, meddling) = meddled(256).await;
+    let endless = GenerationOptions { ignore_eos: true, ..GenerationOptions::new(400, 0.0, 1.0) };
+    let mut stream = executor.infer_stream_with(prompt(5), &endless);
+    stream.next().await.unwrap().unwrap();
+    let second = executor.clone();
+    drop(executor);
+    assert_eq!(meddling.dropped.load(Ordering::SeqCst), 0);
+    drop(second);
+    // Joined: both backends are gone by now, not some time later.
+    assert_eq!(meddling.dropped.load(Ordering::SeqCst), 2);
+    let mut last = None;
+    while let Some(item) = stream.next().await {
+        last = Some(item);
+    }
+    assert!(matches!(last, Some(Err(Error::Stopped))), "{last:?}");
+}
+
+#[test]
+fn no_runtime_is_needed_but_the_callers_own_executor() {
+    let tokens = futures::executor::block_on(async {
+        let executor = executor(DEMO_MODEL, "cpu", None).await.unwrap();
+        executor.infer(&prompt(4), 5, 0.0, 1.0).await.unwrap()
+    });
+    assert_eq!(tokens.len(), 5);
+}
+
+#[test]
+fn handles_and_streams_can_be_sent_between_threads() {
+    fn send<T: Send>() {}
+    fn sync<T: Sync>() {}
+    send::<HeterogeneousPipelineExecutor>();
+    sync::<HeterogeneousPipelineExecutor>();
+    send::<candle_pipeline::TokenStream>();
+    send::<candle_pipeline::TextStream>();
+    send::<candle_pipeline::GenerationStream>();
+    send::<HeterogeneousPipeline>();
+}
+
+#[tokio::test]
+async fn bad_requests_are_refused_by_name() {
+    let executor = executor(DEMO_MODEL, "cpu,cpu", None).await.unwrap();
+    let context = executor.pipeline().context_length();
+    let vocab = executor.pipeline().config().vocab_size as u32;
+    assert!(matches!(executor.infer(&[], 5, 0.0, 1.0).await, Err(Error::EmptyPrompt)));
+    let error = executor.infer(&[1, vocab], 5, 0.0, 1.0).await.unwrap_err();
+    assert!(matches!(error, Error::TokenOutOfRange { position: 1, .. }), "{error:?}");
+    let error = executor.infer(&prompt(context), 5, 0.0, 1.0).await.unwrap_err();
+    assert!(matches!(error, Error::PromptTooLong { prompt_tokens, .. } if prompt_tokens == context), "{error:?}");
+    for (temperature, top_p, option) in
+        [(-1.0, 1.0, "temperature"), (f32::NAN, 1.0, "temperature"), (1.0, 0.0, "top_p")]
+    {
+        let error = executor.infer(&[1], 5, temperature, top_p).await.unwrap_err();
+        assert!(matches!(&error, Error::InvalidOption { option: found, .. } if *found == option), "{error:?}");
+    }
+    // Streams carry the refusal as their only item.
+    let items: Vec<_> = executor.infer_stream(vec![], 5, 0.0, 1.0).collect().await;
+    assert!(matches!(items.as_slice(), [Err(Error::EmptyPrompt)]));
+}
+
+#[tokio::test]
+async fn generation_ends_with_the_context_and_with_max_tokens() {
+    let devices = DeviceSpec::parse_list("cpu,cpu").unwrap();
+    let options = PipelineOptions { context_length: Some(32), ..PipelineOptions::default() };
+    let pipeline = HeterogeneousPipeline::with_options(&devices, DEMO_MODEL, options).unwrap();
+    let executor = HeterogeneousPipelineExecutor::new(pipeline, DEMO_MODEL).await.unwrap();
+    let full = executor.infer_with(&prompt(30), &greedy(1000)).await.unwrap();
+    assert_eq!((full.tokens.len(), full.finish_reason), (2, FinishReason::Length));
+    let none = executor.infer_with(&prompt(3), &greedy(0)).await.unwrap();
+    assert_eq!((none.tokens.len(), none.finish_reason), (0, FinishReason::Length));
+    let error = executor.infer(&prompt(32), 1, 0.0, 1.0).await.unwrap_err().to_string();
+    assert!(error.contains("32 tokens") && error.contains("context_length"), "{error}");
+}
+
+#[tokio::test]
+async fn every_generation_ends_exactly_once() {
+    let executor = executor(DEMO_MODEL, "cpu,cpu", None).await.unwrap();
+    let streams = (0..20).map(|i| executor.infer_stream_with(prompt(1 + i * 9), &greedy(i)).collect::<Vec<_>>());
+    for events in futures::future::join_all(streams).await {
+        let ends = events.iter().filter(|event| matches!(event, Ok(GenerationEvent::Finished(_)) | Err(_))).count();
+        assert_eq!(ends, 1);
+        assert!(matches!(events.last(), Some(Ok(GenerationEvent::Finished(_)))));
+    }
+    assert_memory_returns(&executor).await;
+}
+
+#[tokio::test]
+async fn text_streams_stop_strings_and_log_probabilities() {
+    let executor = executor(DEMO_MODEL, "cpu,cpu", None).await.unwrap();
+    let tokenizer = executor.tokenizer().unwrap();
+    let options = GenerationOptions { logprobs: Some(3), ..GenerationOptions::new(400, 0.0, 1.0) };
+    let story = executor.infer_text("Once upon a time", &options).await.unwrap();
+    assert_eq!(story.finish_reason, FinishReason::Stop);
+    assert_eq!(story.logprobs.len(), story.tokens.len());
+    for (token, logprob) in story.tokens.iter().zip(&story.logprobs) {
+        assert_eq!((*token, logprob.top.len()), (logprob.token, 3));
+        assert_eq!(logprob.top[0].0, *token, "greedy takes the most likely");
+    }
+    let prompt = tokenizer.encode("Once upon a time", true).unwrap();
+    let whole: Vec<u32> = prompt.iter().chain(&story.tokens).copied().collect();
+    assert_eq!(tokenizer.decode(&whole, true).unwrap(), format!("Once upon a time{}", story.text));
+    let pieces: Vec<String> = executor
+        .infer_text_stream("Once upon a time", &GenerationOptions::new(400, 0.0, 1.0))
+        .map(Result::unwrap)
+        .collect()
+        .await;
+    assert_eq!(pieces.concat(), story.text);
+
+    let stop = ". ";
+    let options = GenerationOptions { stop_strings: vec![stop.into()], ..GenerationOptions::new(400, 0.0, 1.0) };
+    let sentence = executor.infer_text("Once upon a time", &options).await.unwrap();
+    assert_eq!(sentence.finish_reason, FinishReason::Stop);
+    assert_eq!(sentence.text, story.text.split(stop).next().unwrap());
+}
+
+#[tokio::test]
+async fn loading_reports_its_progress() {
+    let seen = Arc::new(AtomicUsize::new(0));
+    let complete = Arc::new(AtomicBool::new(false));
+    let (bytes, done) = (seen.clone(), complete.clone());
+    let options = ExecutorOptions {
+        progress: Some(Arc::new(move |loaded, total| {
+            bytes.fetch_max(loaded as usize, Ordering::SeqCst);
+            // Norms are too small to count.
+            done.fetch_or(loaded as f64 > 0.95 * total as f64, Ordering::SeqCst);
+        })),
+        ..ExecutorOptions::default()
+    };
+    executor_with(DEMO_MODEL, "cpu,cpu", None, options).await.unwrap();
+    assert!(complete.load(Ordering::SeqCst), "{} bytes seen", seen.load(Ordering::SeqCst));
+}

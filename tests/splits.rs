@@ -1,0 +1,139 @@
+//! Split equals unsplit: any cut of the layers gives the same logits and tokens to the last bit, alone and in a batch.
+
+mod common;
+
+use candle_pipeline::{DEMO_MODEL, GenerationOptions, HeterogeneousPipelineExecutor};
+use common::{bits, executor, greedy};
+
+/// Every way to write `layers` as a sum of positive numbers in order.
+fn cuts(layers: usize) -> Vec<Vec<usize>> {
+    (0..1usize << (layers - 1))
+        .map(|pattern| {
+            let mut counts = vec![1];
+            for layer in 1..layers {
+                match pattern >> (layer - 1) & 1 {
+                    1 => counts.push(1),
+                    _ => *counts.last_mut().unwrap() += 1,
+                }
+            }
+            counts
+        })
+        .collect()
+}
+
+fn devices(name: &str, stages: usize) -> String {
+    vec![name; stages].join(",")
+}
+
+/// Prompts around what changes paths: one token, few, many, and more than one prefill chunk.
+fn prompts(vocab: usize) -> Vec<Vec<u32>> {
+    let prompt = |len: usize, step: usize| (0..len).map(|i| (3 + i * step % (vocab - 3)) as u32).collect();
+    vec![prompt(1, 1), prompt(7, 5), prompt(40, 11), prompt(300, 7)]
+}
+
+type Bits = Vec<(Vec<u32>, Vec<u32>)>;
+
+async fn run(executor: &HeterogeneousPipelineExecutor, tokens: usize) -> Bits {
+    let mut all = Vec::new();
+    for prompt in prompts(executor.pipeline().config().vocab_size) {
+        all.push(bits(&executor.infer_with(&prompt, &greedy(tokens)).await.unwrap()));
+    }
+    all
+}
+
+#[tokio::test]
+async fn every_cut_of_the_demo_model_equals_the_uncut_one_to_the_last_bit() {
+    let uncut = run(&executor(DEMO_MODEL, "cpu", None).await.unwrap(), 6).await;
+    for counts in cuts(8) {
+        let cut = executor(DEMO_MODEL, &devices("cpu", counts.len()), Some(&counts)).await.unwrap();
+        assert_eq!(cut.stages().len(), counts.len());
+        assert!(run(&cut, 6).await == uncut, "cut {counts:?} differs");
+    }
+}
+
+#[tokio::test]
+async fn quantised_models_and_counted_threads_are_no_exception() {
+    for file in ["demo-q8_0.gguf", "demo-q4_0.gguf"] {
+        let model = format!("{DEMO_MODEL}/{file}");
+        let uncut = run(&executor(&model, "cpu", None).await.unwrap(), 12).await;
+        for (names, counts) in
+            [("cpu,cpu", &[1, 7][..]), ("cpu@threads=1,cpu@threads=1", &[5, 3]), ("cpu@threads=3", &[8])]
+        {
+            let cut = executor(&model, names, Some(counts)).await.unwrap();
+            assert!(run(&cut, 12).await == uncut, "{file} on {names} cut {counts:?} differs");
+        }
+    }
+}
+
+#[tokio::test]
+async fn families_with_their_own_layers_can_be_cut_anywhere() {
+    for family in ["gemma2", "gemma3", "phi3-longrope", "smollm3", "granite", "olmo2", "llama-dynamic-rope"] {
+        let dir = common::fixture("families").join(family);
+        let model = dir.to_str().unwrap();
+        let uncut = executor(model, "cpu", None).await.unwrap();
+        let layers = uncut.pipeline().config().num_hidden_layers;
+        let prompt: Vec<u32> = (3..50).collect();
+        let wanted = bits(&uncut.infer_with(&prompt, &greedy(20)).await.unwrap());
+        for counts in cuts(layers) {
+            let cut = executor(model, &devices("cpu", counts.len()), Some(&counts)).await.unwrap();
+            let found = bits(&cut.infer_with(&prompt, &greedy(20)).await.unwrap());
+            assert!(found == wanted, "{family} cut {counts:?} differs");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_batch_gives_each_prompt_what_it_gives_alone() {
+    for (names, counts) in [("cpu", &[8][..]), ("cpu,cpu,cpu", &[2, 5, 1])] {
+        let executor = executor(DEMO_MODEL, names, Some(counts)).await.unwrap();
+        let alone = run(&executor, 16).await;
+        let prompts = prompts(executor.pipeline().config().vocab_size);
+        let together = executor.infer_batch_with(&prompts, &greedy(16)).await.unwrap();
+        assert!(together.iter().map(bits).collect::<Bits>() == alone, "on {names}");
+        let tokens = executor.infer_batch(&prompts, 16, 0.0, 1.0).await.unwrap();
+        assert_eq!(tokens.len(), prompts.len());
+    }
+}
+
+#[tokio::test]
+async fn a_seed_gives_the_same_tokens_on_any_cut() {
+    let options = GenerationOptions {
+        seed: Some(11),
+        top_k: Some(40),
+        ignore_eos: true,
+        ..GenerationOptions::new(40, 0.9, 0.95)
+    };
+    let uncut = executor(DEMO_MODEL, "cpu", None).await.unwrap();
+    let wanted = uncut.infer_with(&[5, 6, 7], &options).await.unwrap().tokens;
+    for counts in [&[4, 4][..], &[1, 1, 6], &[3, 2, 2, 1]] {
+        let cut = executor(DEMO_MODEL, &devices("cpu", counts.len()), Some(counts)).await.unwrap();
+        assert_eq!(cut.infer_with(&[5, 6, 7], &options).await.unwrap().tokens, wanted, "{counts:?}");
+    }
+    let other = GenerationOptions { seed: Some(12), ..options };
+    assert_ne!(uncut.infer_with(&[5, 6, 7], &other).await.unwrap().tokens, wanted);
+}
+
+/// Runs by itself where there is a GPU.
+#[tokio::test]
+async fn gpus_equal_themselves_at_every_cut_and_the_cpu_nearly() {
+    let gpus: Vec<_> = candle_pipeline::present_devices().into_iter().filter(|d| d.kind() != "cpu").collect();
+    if gpus.is_empty() {
+        println!("skipped: no GPU here, or built without the feature `cuda` or `metal`");
+        return;
+    }
+    let on_cpu = executor(DEMO_MODEL, "cpu", None).await.unwrap().infer(&[5, 6, 7], 40, 0.0, 1.0).await.unwrap();
+    for gpu in gpus {
+        let name = gpu.to_string();
+        let uncut = run(&executor(DEMO_MODEL, &name, None).await.unwrap(), 12).await;
+        for counts in [&[4, 4][..], &[1, 7], &[7, 1], &[3, 2, 3]] {
+            let cut = executor(DEMO_MODEL, &devices(&name, counts.len()), Some(counts)).await.unwrap();
+            assert!(run(&cut, 12).await == uncut, "{name} cut {counts:?} differs");
+        }
+        for names in [format!("{name},cpu"), format!("cpu,{name}")] {
+            let mixed = executor(DEMO_MODEL, &names, Some(&[4, 4])).await.unwrap();
+            let found = mixed.infer(&[5, 6, 7], 40, 0.0, 1.0).await.unwrap();
+            let same = found.iter().zip(&on_cpu).take_while(|(a, b)| a == b).count();
+            assert!(same >= 10, "{names}: only {same} tokens as on the CPU");
+        }
+    }
+}
