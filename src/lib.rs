@@ -50,3 +50,8 @@ pub use pipeline::{HeterogeneousPipeline, PipelineOptions, StagePlan};
 /// The small trained model that comes with the sources, so that everything runs without a download: stories in simple
 /// English, Llama architecture, 8 layers.
 pub const DEMO_MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/models/demo");
+
+/// The README's program, run as a test.
+#[doc = include_str!("../README.md")]
+#[cfg(doctest)]
+pub struct Readme;

@@ -261,6 +261,30 @@ fn a_sound_gguf_file_reads() {
 }
 
 #[test]
+fn what_candle_writes_as_gguf_reads() {
+    use candle_core::quantized::{GgmlDType, QTensor, gguf_file};
+    use candle_core::{Device, Tensor};
+    let values = Tensor::arange(0f32, 512.0, &Device::Cpu).unwrap().reshape((2, 256)).unwrap();
+    let quantised = [("output.weight", GgmlDType::Q6K), ("blk.0.ffn_down.weight", GgmlDType::Q5_1)]
+        .map(|(name, dtype)| (name, QTensor::quantize(&values, dtype).unwrap()));
+    let tensors: Vec<(&str, &QTensor)> = quantised.iter().map(|(name, tensor)| (*name, tensor)).collect();
+    let epsilon = gguf_file::Value::F32(1e-5);
+    let merges = gguf_file::Value::Array(vec![gguf_file::Value::String("a b".to_string()); 2]);
+    let metadata = [("llama.epsilon", &epsilon), ("tokenizer.ggml.merges", &merges)];
+    let folder = Folder::new();
+    let path = folder.path().join("candle.gguf");
+    gguf_file::write(&mut std::fs::File::create(&path).unwrap(), &metadata, &tensors).unwrap();
+    let file = GgufFile::open(&path).unwrap();
+    assert_eq!(file.get_f64("llama.epsilon").unwrap(), Some(f64::from(1e-5f32)));
+    assert_eq!(file.get_str_array("tokenizer.ggml.merges").unwrap(), Some(vec!["a b", "a b"]));
+    for (name, (_, written)) in ["lm_head.weight", "layers.0.down_proj.weight"].iter().zip(&quantised) {
+        let read = file.tensor(name).unwrap();
+        assert_eq!((read.meta.dtype.ggml(), &read.meta.shape[..]), (written.dtype(), &[2, 256][..]));
+        assert_eq!(read.bytes, &written.data().unwrap()[..]);
+    }
+}
+
+#[test]
 fn the_alignment_of_a_gguf_file_moves_its_data() {
     let mut written = Gguf { alignment: 128, ..Gguf::sound() };
     written.set("general.alignment", U32, 128u32.to_le_bytes().to_vec());

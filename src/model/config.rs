@@ -516,18 +516,18 @@ fn layer_norms(family: &Family) -> LayerNorms {
     }
 }
 
-/// Some configs state the trained length, some the stretched one. Where the trained length is the stated one, scaling
-/// multiplies it; dynamic scaling has no end.
+/// Configs with linear or yarn scaling mostly state the trained length, which the scaling then multiplies; all others
+/// state the final one (as Gemma 3, the family with a second RoPE, does with linear scaling too). Dynamic scaling has no
+/// end.
 fn with_stretched_context(mut config: DecoderConfig) -> DecoderConfig {
     let stated = config.max_position_embeddings;
     config.max_position_embeddings = match &config.rope.scaling {
         RopeScaling::Dynamic { .. } => usize::MAX,
-        RopeScaling::Linear { factor } => (stated as f64 * factor.max(1.0)) as usize,
-        RopeScaling::Yarn { factor, original_max_position_embeddings, .. }
-        | RopeScaling::Llama3 { factor, original_max_position_embeddings, .. } => {
+        RopeScaling::Linear { factor } if config.local_rope.is_none() => (stated as f64 * factor.max(1.0)) as usize,
+        RopeScaling::Yarn { factor, original_max_position_embeddings, .. } => {
             stated.max((*original_max_position_embeddings as f64 * factor.max(1.0)) as usize)
         }
-        RopeScaling::Default | RopeScaling::LongRope { .. } | RopeScaling::Divided { .. } => stated,
+        _ => stated,
     };
     config
 }
