@@ -49,7 +49,7 @@ pub struct Flags {
     #[arg(long)]
     pub chat: bool,
     /// Tokens to generate at most.
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, default_value_t = 400)]
     pub max_tokens: usize,
     /// 0 is greedy.
     #[arg(long, default_value_t = 0.0)]

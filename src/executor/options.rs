@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 
-/// How tokens are chosen and when to stop. `Default` is greedy, 256 tokens, no penalties.
+/// How tokens are chosen and when to stop. `Default` is greedy, 512 tokens, no penalties.
 ///
 /// The filters apply in this order, as in transformers: penalties, temperature, top-k, top-p, min-p.
 #[derive(Debug, Clone, PartialEq)]
@@ -41,7 +41,7 @@ pub struct GenerationOptions {
 impl Default for GenerationOptions {
     fn default() -> Self {
         Self {
-            max_tokens: 256,
+            max_tokens: 512,
             temperature: 0.0,
             top_p: 1.0,
             top_k: None,

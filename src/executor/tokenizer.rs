@@ -1238,6 +1238,18 @@ mod tests {
     }
 
     #[test]
+    fn text_goes_on_after_bytes_that_are_none() {
+        // The decoder turns the whole run of byte tokens into replacement characters, the line end with it that is out
+        // already.
+        let tokenizer = plain(sentencepiece_like(Spaces::Normalizer));
+        let token = |token: &str| tokenizer.token_to_id(token).unwrap();
+        let tokens = [token("<0x0A>"), token("<0xE4>"), token("t"), token("h")];
+        assert_eq!(tokenizer.decode(&tokens, true).unwrap(), "\u{FFFD}\u{FFFD}th");
+        let all = pieces(IncrementalDecoder::new(&tokenizer, true), &tokens);
+        assert_eq!(all, ["\n", "", "\u{FFFD}t", "h", ""]);
+    }
+
+    #[test]
     fn replacement_characters_that_are_in_the_text() {
         for tokenizer in all_kinds() {
             let text = "one \u{FFFD} two \u{FFFD}\u{FFFD}, three \u{FFFD}";
@@ -1588,6 +1600,18 @@ mod tests {
         assert_eq!(split("gpt-2"), ("I|'|LL|Ġbe|Ġx|12345|Ċ|Ċ|(|a|)".into(), false));
         assert_eq!(split("smollm"), ("I|'|LL|Ġbe|Ġx|1|2|3|4|5|Ċ|Ċ|(|a|)".into(), false));
         assert_eq!(split("tekken"), ("I|'LL|Ġbe|Ġx|1|2|3|4|5|ĊĊ|(a|)".into(), true));
+
+        // A word that is a token, and that no merges lead to.
+        let tokens_of_word = |pre: &str| {
+            let mut metadata = byte_level_metadata(pre);
+            if let Some((_, GgufValue::Array(tokens))) = metadata.iter_mut().find(|(key, _)| key.ends_with(".tokens")) {
+                tokens.push(text("zqxj"));
+            }
+            let tokenizer = Tokenizer::from_gguf(&gguf(&dir, &metadata)).unwrap().unwrap();
+            tokenizer.encode("zqxj", false).unwrap().len()
+        };
+        assert_eq!((tokens_of_word("llama-bpe"), tokens_of_word("tekken")), (1, 1));
+        assert_eq!((tokens_of_word("gpt-2"), tokens_of_word("qwen2")), (4, 4));
 
         let unknown = Tokenizer::from_gguf(&gguf(&dir, &byte_level_metadata("brand-new"))).unwrap_err();
         assert!(matches!(&unknown, Error::Unsupported { value, .. } if value == "brand-new"), "{unknown}");

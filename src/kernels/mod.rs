@@ -6,11 +6,15 @@
 //!   the row's dot product wants (8-bit blocks for the quantised types) once for all rows;
 //! - many inputs (prefill): tiles of rows are widened to f32 and multiplied with all inputs, which pays for the widening.
 //!
+//! The dense types are dotted by [`dense`], the quantised ones by candle ([`GgmlType`]), which both detect the CPU at run
+//! time; block layouts are candle's.
+//!
 //! Both split the rows over the threads of the pool that the caller runs in. Every output element is the same sequence
-//! of operations whatever the number of threads, so results do not depend on it. Dot products and block layouts are
-//! candle's ([`GgmlType`]), which detects the CPU at run time.
+//! of operations whatever the number of threads, so results do not depend on it.
 
 #![allow(unsafe_code)]
+
+pub mod dense;
 
 use candle_core::quantized::k_quants::{
     BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, GgmlType,
@@ -18,6 +22,7 @@ use candle_core::quantized::k_quants::{
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use self::dense::Dense;
 use crate::weights::WeightType;
 
 /// From this many inputs on, widening a tile of rows costs less than dotting each row with each input.
@@ -61,13 +66,74 @@ pub fn rows_from_bytes(dtype: WeightType, bytes: &[u8], n: usize, k: usize) -> O
     })
 }
 
+/// How rows of one type are dotted.
+trait Block: GgmlType {
+    /// What an input is brought into, once for all rows.
+    type Input: Send + Sync;
+
+    /// Brings an input into it.
+    fn input(x: &[f32]) -> Vec<Self::Input>;
+
+    /// Dots an input of `k` values with a row.
+    fn dot(k: usize, row: &[Self], input: &[Self::Input]) -> f32;
+
+    /// Dots it with four rows, which gives each the bits that `dot` gives it.
+    fn dot_4(k: usize, rows: [&[Self]; 4], input: &[Self::Input]) -> [f32; 4];
+}
+
+macro_rules! dense_blocks {
+    ($($type:ty),*) => {$(
+        impl Block for $type {
+            type Input = f32;
+
+            fn input(x: &[f32]) -> Vec<f32> {
+                x.to_vec()
+            }
+
+            fn dot(_k: usize, row: &[Self], input: &[f32]) -> f32 {
+                <$type as Dense>::dot(input, row)
+            }
+
+            fn dot_4(_k: usize, rows: [&[Self]; 4], input: &[f32]) -> [f32; 4] {
+                <$type as Dense>::dot_4(input, rows)
+            }
+        }
+    )*};
+}
+
+macro_rules! quantised_blocks {
+    ($($type:ty),*) => {$(
+        impl Block for $type {
+            type Input = <$type as GgmlType>::VecDotType;
+
+            fn input(x: &[f32]) -> Vec<Self::Input> {
+                let mut blocks = vec![Self::Input::zeros(); x.len() / Self::Input::BLCK_SIZE];
+                Self::Input::from_float(x, &mut blocks);
+                blocks
+            }
+
+            fn dot(k: usize, row: &[Self], input: &[Self::Input]) -> f32 {
+                Self::vec_dot(k, row, input)
+            }
+
+            fn dot_4(k: usize, [a, b, c, d]: [&[Self]; 4], input: &[Self::Input]) -> [f32; 4] {
+                Self::vec_dot_4(k, a, b, c, d, input).into()
+            }
+        }
+    )*};
+}
+
+dense_blocks!(f32, f16, bf16);
+quantised_blocks!(BlockQ4_0, BlockQ4_1, BlockQ5_0, BlockQ5_1, BlockQ8_0);
+quantised_blocks!(BlockQ2K, BlockQ3K, BlockQ4K, BlockQ5K, BlockQ6K);
+
 struct Matrix<T> {
     blocks: Vec<T>,
     n: usize,
     k: usize,
 }
 
-impl<T: GgmlType> Matrix<T> {
+impl<T: Block> Matrix<T> {
     fn copy(bytes: &[u8], n: usize, k: usize) -> Option<Self> {
         if n == 0 || k == 0 || !k.is_multiple_of(T::BLCK_SIZE) {
             return None;
@@ -93,7 +159,7 @@ impl<T: GgmlType> Matrix<T> {
 
     /// Dots each row with each input, as stored.
     fn dot_rows(&self, x: &[f32], out: &mut [f32], m: usize) {
-        let inputs: Vec<Vec<T::VecDotType>> = x.chunks_exact(self.k).map(as_dot_type::<T>).collect();
+        let inputs: Vec<Vec<T::Input>> = x.chunks_exact(self.k).map(T::input).collect();
         if m == 1 {
             split(out, self.k, |start, part| self.dot_range(&inputs[0], start, part));
             return;
@@ -102,7 +168,7 @@ impl<T: GgmlType> Matrix<T> {
         let mut turned = vec![0f32; self.n * m]; // (n, m)
         let work = |(row, products): (usize, &mut [f32])| {
             for (product, input) in products.iter_mut().zip(&inputs) {
-                *product = T::vec_dot(self.k, self.row(row), input);
+                *product = T::dot(self.k, self.row(row), input);
             }
         };
         if self.n * self.k * m < PARALLEL_FROM {
@@ -118,17 +184,16 @@ impl<T: GgmlType> Matrix<T> {
     }
 
     /// One input against the rows from `start` on, four at a time so that the input is loaded once for four.
-    fn dot_range(&self, input: &[T::VecDotType], start: usize, out: &mut [f32]) {
+    fn dot_range(&self, input: &[T::Input], start: usize, out: &mut [f32]) {
         let mut row = start;
         let mut quads = out.chunks_exact_mut(4);
         for quad in &mut quads {
-            let (a, b, c, d) =
-                T::vec_dot_4(self.k, self.row(row), self.row(row + 1), self.row(row + 2), self.row(row + 3), input);
-            quad.copy_from_slice(&[a, b, c, d]);
+            let rows = [self.row(row), self.row(row + 1), self.row(row + 2), self.row(row + 3)];
+            quad.copy_from_slice(&T::dot_4(self.k, rows, input));
             row += 4;
         }
         for product in quads.into_remainder() {
-            *product = T::vec_dot(self.k, self.row(row), input);
+            *product = T::dot(self.k, self.row(row), input);
             row += 1;
         }
     }
@@ -185,17 +250,6 @@ unsafe impl Send for Shared {}
 // SAFETY: as above.
 unsafe impl Sync for Shared {}
 
-/// The input in the type that rows of `T` are dotted with.
-fn as_dot_type<T: GgmlType>(x: &[f32]) -> Vec<T::VecDotType> {
-    let mut blocks = vec![T::VecDotType::zeros(); x.len() / T::VecDotType::BLCK_SIZE];
-    if T::DIRECT_COPY {
-        T::VecDotType::direct_copy(x, &mut blocks);
-    } else {
-        T::VecDotType::from_float(x, &mut blocks);
-    }
-    blocks
-}
-
 /// Runs `work(first index, part)` over parts of `out`, on several threads when there is enough to do.
 fn split(out: &mut [f32], k: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
     let threads = rayon::current_num_threads();
@@ -207,7 +261,7 @@ fn split(out: &mut [f32], k: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
     out.par_chunks_mut(part).enumerate().for_each(|(i, chunk)| work(i * part, chunk));
 }
 
-impl<T: GgmlType> Rows for Matrix<T> {
+impl<T: Block> Rows for Matrix<T> {
     fn matmul(&self, x: &[f32], out: &mut [f32], m: usize) {
         assert!(x.len() == m * self.k && out.len() == m * self.n, "matmul of {m} inputs with wrong buffer sizes");
         if m >= WIDEN_FROM { self.widen_tiles(x, out, m) } else { self.dot_rows(x, out, m) }
@@ -258,9 +312,8 @@ mod tests {
                                 want += a as f64 * b as f64;
                                 size += (a as f64 * b as f64).abs();
                             }
-                            // The input is rounded to 8 bits for quantised rows, to 8 or 11 bits for the half types.
-                            let tolerance =
-                                size * if dtype == WeightType::F32 || m >= WIDEN_FROM { 1e-5 } else { 8e-3 };
+                            // The input is rounded to 8 bits for quantised rows.
+                            let tolerance = size * if dtype.is_dense() || m >= WIDEN_FROM { 1e-5 } else { 8e-3 };
                             let found = out[i * n + j] as f64;
                             assert!(
                                 (found - want).abs() <= tolerance,

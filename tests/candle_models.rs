@@ -1,0 +1,305 @@
+//! Our one decoder against candle's own models, family by family, on the fixtures of `tests/fixtures/families`. Where
+//! candle's model is not the fixture's, a table says so and why, and the test holds the table to that: candle then has
+//! to differ from what Hugging Face transformers computes, or fail.
+
+mod common;
+
+use std::fs::File;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, anyhow, bail};
+use candle_core::quantized::gguf_file::Content;
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use candle_transformers::models as candle;
+use serde_json::{Value, json};
+
+/// Largest difference that counts as equal, as a share of the largest magnitude.
+const TOLERANCE: f32 = 1e-4;
+
+/// Fixtures that candle gets wrong.
+struct LeftOut {
+    /// What candle does instead.
+    why: &'static str,
+    /// Tokens of the shortest prompt that shows it; shorter ones are compared all the same. 1 where it does not load.
+    from: usize,
+    fixtures: &'static [&'static str],
+}
+
+const SAFETENSORS_LEFT_OUT: &[LeftOut] = &[
+    LeftOut {
+        why: "llama: the config knows llama3 scaling and no other, and does not deserialise",
+        from: 1,
+        fixtures: &[
+            "llama-dynamic-rope",
+            "llama-linear-rope",
+            "llama-yarn",
+            "llama-yarn-attention-factor",
+            "llama-yarn-mscale",
+        ],
+    },
+    LeftOut { why: "llama: biases are not loaded", from: 1, fixtures: &["llama-bias"] },
+    LeftOut { why: "llama: `hidden_act` is not read, SiLU is used", from: 1, fixtures: &["llama-gelu"] },
+    LeftOut { why: "llama: `head_dim` is not read, the shapes do not match", from: 1, fixtures: &["llama-head-dim"] },
+    LeftOut {
+        why: "mistral, gemma2, gemma3: the mask of a sliding window shows one key too many (`j + window < i`); gemma2 \
+              also puts it on every layer",
+        from: 60,
+        fixtures: &["mistral-sliding", "gemma2", "gemma2-no-softcap", "gemma3", "gemma3-conditional"],
+    },
+    LeftOut {
+        why: "qwen2: the window goes on every layer, `max_window_layers` is not used; and shows one key too many",
+        from: 60,
+        fixtures: &["qwen2-sliding"],
+    },
+    LeftOut {
+        why: "qwen3, smollm3: sliding windows are refused",
+        from: 1,
+        fixtures: &["qwen3-sliding", "smollm3-sliding"],
+    },
+    LeftOut { why: "qwen2: `rope_scaling` is not read", from: 7, fixtures: &["qwen2-yarn"] },
+    LeftOut { why: "gemma3: `rope_scaling` is not read", from: 7, fixtures: &["gemma3-linear-rope"] },
+    LeftOut {
+        why: "gemma2: scores are scaled by `head_dim`, `query_pre_attn_scalar` is not used",
+        from: 7,
+        fixtures: &["gemma2-query-scalar"],
+    },
+    LeftOut {
+        why: "gemma3: the same, and `attn_logit_softcapping` is used, which transformers ignores",
+        from: 7,
+        fixtures: &["gemma3-pattern"],
+    },
+    LeftOut { why: "phi3: `sliding_window` is not read", from: 60, fixtures: &["phi3-sliding"] },
+    LeftOut {
+        why: "phi3: LongRoPE's factors multiply the frequencies instead of dividing them, short and long ones are mixed \
+              within a sequence, and the attention factor is missing",
+        from: 7,
+        fixtures: &["phi3-longrope", "phi4-mini"],
+    },
+    LeftOut { why: "granite: none of the four multipliers is read", from: 1, fixtures: &["granite"] },
+    LeftOut { why: "granite: nor is a tied head, which does not load", from: 1, fixtures: &["granite-bias"] },
+    LeftOut {
+        why: "granite: scores are scaled by `head_dim` where `attention_multiplier` is 1",
+        from: 7,
+        fixtures: &["granite-defaults"],
+    },
+];
+
+const GGUF_LEFT_OUT: &[LeftOut] = &[
+    LeftOut {
+        why: "there is no model for the architecture",
+        from: 1,
+        fixtures: &["gemma", "gemma2", "granite", "granite-bias", "olmo2"],
+    },
+    LeftOut {
+        why: "quantized_smollm3: needs a `vocab_size` key that llama.cpp does not write for it, and quantises the head",
+        from: 1,
+        fixtures: &["smollm3"],
+    },
+    LeftOut { why: "quantized_gemma3: SiLU instead of GELU", from: 1, fixtures: &["gemma3", "gemma3-linear-rope"] },
+    LeftOut { why: "quantized_llama: biases are not loaded", from: 1, fixtures: &["llama-bias"] },
+    LeftOut { why: "quantized_llama: `key_length` is not read", from: 1, fixtures: &["llama-head-dim"] },
+    LeftOut {
+        why: "quantized_llama, quantized_qwen2: no RoPE scaling is read, neither the keys nor `rope_freqs.weight`",
+        from: 7,
+        fixtures: &["llama-linear-rope", "llama-yarn", "llama3-rope", "qwen2-yarn"],
+    },
+    LeftOut {
+        why: "quantized_qwen3: cos and sin are F16 unless the file has `general.dtype`",
+        from: 7,
+        fixtures: &["qwen3"],
+    },
+    LeftOut {
+        why: "quantized_phi3: rotates whole heads by a table of `rope.dimension_count`",
+        from: 1,
+        fixtures: &["phi3-partial-rotary"],
+    },
+    LeftOut {
+        why: "quantized_phi3: LongRoPE is not read, and a tied head does not load",
+        from: 1,
+        fixtures: &["phi4-mini"],
+    },
+    LeftOut { why: "quantized_phi3: LongRoPE is not read", from: 7, fixtures: &["phi3-longrope"] },
+];
+
+/// config.json in the dialect that candle's models read: rotary settings at the top level, and no field left out.
+fn config(dir: &Path) -> anyhow::Result<Value> {
+    let mut config: Value = serde_json::from_reader(File::open(dir.join("config.json"))?)?;
+    if let Some(text) = config.get("text_config") {
+        config = text.clone();
+    }
+    let mut rope = config["rope_parameters"].clone();
+    if let Some(local) = rope.get("sliding_attention") {
+        config["rope_local_base_freq"] = local["rope_theta"].clone();
+        rope = rope["full_attention"].clone();
+    }
+    config["rope_theta"] = rope["rope_theta"].clone();
+    if rope["rope_type"] != "default" {
+        rope["type"] = rope["rope_type"].clone();
+        config["rope_scaling"] = rope;
+    }
+    if config["use_sliding_window"] == false {
+        config["sliding_window"] = config["max_position_embeddings"].clone();
+    }
+    if let Some(types) = config["layer_types"].as_array() {
+        let full = types.iter().position(|kind| kind == "full_attention").unwrap_or(types.len());
+        config["sliding_window_pattern"] = json!(full + 1);
+    }
+    Ok(config)
+}
+
+/// Logits of the prompt's last position, from candle's model of the folder's `model_type`.
+fn safetensors_logits(dir: &Path, prompt: &Tensor) -> anyhow::Result<Tensor> {
+    let config = config(dir)?;
+    let entries = std::fs::read_dir(dir)?.collect::<Result<Vec<_>, _>>()?;
+    let tensors = entries
+        .into_iter()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "safetensors"))
+        .map(|path| candle_core::safetensors::load(path, &Device::Cpu))
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut weights = VarBuilder::from_tensors(tensors.into_iter().flatten().collect(), DType::F32, &Device::Cpu);
+    if weights.contains_tensor("language_model.model.norm.weight") {
+        weights = weights.pp("language_model");
+    }
+    let model_type = config["model_type"].as_str().context("no model_type")?.to_string();
+    /// Builds the module's model from its config and runs it. Two modules want flash attention declined first.
+    macro_rules! run {
+        ($module:ident::$model:ident) => {
+            candle::$module::$model::new(&serde_json::from_value(config)?, weights)?.forward(prompt, 0)
+        };
+        ($module:ident::$model:ident, $flash_attention:literal) => {
+            candle::$module::$model::new($flash_attention, &serde_json::from_value(config)?, weights)?
+                .forward(prompt, 0)
+        };
+        ($module:ident::$model:ident, $config:ident, $cache:ident) => {{
+            let config = serde_json::from_value::<candle::$module::$config>(config)?.into_config(false);
+            let mut cache = candle::$module::$cache::new(true, DType::F32, &config, &Device::Cpu)?;
+            candle::$module::$model::load(weights, &config)?.forward(prompt, 0, &mut cache)
+        }};
+    }
+    Ok(match model_type.as_str() {
+        "llama" => run!(llama::Llama, LlamaConfig, Cache),
+        "granite" => run!(granite::Granite, GraniteConfig, Cache),
+        "mistral" => run!(mistral::Model),
+        "qwen2" => run!(qwen2::ModelForCausalLM),
+        "qwen3" => run!(qwen3::ModelForCausalLM),
+        "phi3" => run!(phi3::Model),
+        "gemma" => run!(gemma::Model, false),
+        "gemma2" => run!(gemma2::Model, false),
+        "gemma3_text" => run!(gemma3::Model, false),
+        "olmo2" => run!(olmo2::Model),
+        "smollm3" => {
+            let config = serde_json::from_value(config)?;
+            candle::smol::smollm3::ModelForCausalLM::new(&config, weights)?.forward(prompt, 0)
+        }
+        other => bail!("no model for {other}"),
+    }?)
+}
+
+/// The same from a GGUF file, by its architecture.
+fn gguf_logits(path: &Path, prompt: &Tensor) -> anyhow::Result<Tensor> {
+    let mut file = File::open(path)?;
+    let content = Content::read(&mut file)?;
+    let architecture = content.metadata.get("general.architecture").context("no architecture")?.to_string()?.clone();
+    let (file, cpu) = (&mut file, &Device::Cpu);
+    Ok(match architecture.as_str() {
+        "llama" => candle::quantized_llama::ModelWeights::from_gguf(content, file, cpu)?.forward(prompt, 0),
+        "qwen2" => candle::quantized_qwen2::ModelWeights::from_gguf(content, file, cpu)?.forward(prompt, 0),
+        "qwen3" => candle::quantized_qwen3::ModelWeights::from_gguf(content, file, cpu)?.forward(prompt, 0),
+        "phi3" => candle::quantized_phi3::ModelWeights::from_gguf(false, content, file, cpu)?.forward(prompt, 0),
+        "gemma3" => candle::quantized_gemma3::ModelWeights::from_gguf(content, file, cpu)?.forward(prompt, 0),
+        "smollm3" => {
+            candle::smol::quantized_smollm3::QuantizedModelForCausalLM::from_gguf(path, cpu, false)?.forward(prompt, 0)
+        }
+        other => bail!("no model for {other}"),
+    }?)
+}
+
+type CandleLogits = fn(&Path, &Tensor) -> anyhow::Result<Tensor>;
+
+/// Candle's logits; some of its models panic about what they cannot load.
+fn run_candle(logits: CandleLogits, model: &Path, prompt: &[u32]) -> anyhow::Result<Vec<f32>> {
+    let found = catch_unwind(AssertUnwindSafe(|| logits(model, &Tensor::new(prompt, &Device::Cpu)?.unsqueeze(0)?)));
+    Ok(found.map_err(|_| anyhow!("candle panicked"))??.flatten_all()?.to_vec1()?)
+}
+
+/// Largest difference as a share of the largest magnitude.
+fn relative_difference(found: &[f32], wanted: &[f32]) -> f32 {
+    assert_eq!(found.len(), wanted.len());
+    let size = wanted.iter().fold(0f32, |size, value| size.max(value.abs()));
+    found.iter().zip(wanted).fold(0f32, |worst, (a, b)| worst.max((a - b).abs())) / size
+}
+
+/// Compares every prompt of a fixture; returns how many agreed, and what is wrong.
+async fn check(
+    dir: &Path,
+    model: &Path,
+    candle_logits: CandleLogits,
+    left_out: &[LeftOut],
+) -> anyhow::Result<(usize, Vec<String>)> {
+    let fixture = dir.file_name().and_then(|name| name.to_str()).context("no name")?;
+    let different = left_out.iter().find(|row| row.fixtures.contains(&fixture));
+    let expected: Value = serde_json::from_reader(File::open(dir.join("expected.json"))?)?;
+    let executor = common::executor(model.to_str().context("no text")?, "cpu,cpu", None).await?;
+    let (mut agreed, mut wrong) = (0, Vec::new());
+    for case in expected["cases"].as_array().context("no cases")? {
+        let prompt: Vec<u32> = serde_json::from_value(case["prompt"].clone())?;
+        let transformers: Vec<f32> = serde_json::from_value(case["logits"].clone())?;
+        let length = prompt.len();
+        let found = run_candle(candle_logits, model, &prompt);
+        match different.filter(|row| length >= row.from) {
+            Some(row) => {
+                if found.is_ok_and(|logits| relative_difference(&logits, &transformers) <= TOLERANCE) {
+                    wrong.push(format!("{fixture}, prompt of {length}: candle is right, which denies: {}", row.why));
+                }
+            }
+            None => {
+                let ours =
+                    executor.infer_with(&prompt, &common::greedy(1)).await?.prompt_logits.context("no logits")?;
+                match found.map(|logits| relative_difference(&ours, &logits)) {
+                    Ok(difference) if difference <= TOLERANCE => agreed += 1,
+                    Ok(difference) => {
+                        wrong.push(format!("{fixture}, prompt of {length}: logits differ by {difference:e}"));
+                    }
+                    Err(error) => wrong.push(format!("{fixture}, prompt of {length}: {error:#}")),
+                }
+            }
+        }
+    }
+    Ok((agreed, wrong))
+}
+
+async fn check_all(file: &str, candle_logits: CandleLogits, left_out: &[LeftOut]) -> usize {
+    let families = std::fs::read_dir(common::fixture("families")).unwrap().map(|entry| entry.unwrap().path());
+    let mut dirs: Vec<PathBuf> = families.filter(|dir| dir.is_dir() && dir.join(file).exists()).collect();
+    dirs.sort();
+    let absent = |name: &&&str| !dirs.iter().any(|dir| dir.ends_with(name));
+    assert_eq!(left_out.iter().flat_map(|row| row.fixtures).find(absent), None, "there is no such fixture");
+    let (mut agreed, mut wrong) = (0, Vec::new());
+    for dir in dirs {
+        let model = if file == "config.json" { dir.clone() } else { dir.join(file) };
+        match check(&dir, &model, candle_logits, left_out).await {
+            Ok((right, different)) => {
+                agreed += right;
+                wrong.extend(different);
+            }
+            Err(error) => wrong.push(format!("{}: {error:#}", model.display())),
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    agreed
+}
+
+#[tokio::test]
+async fn candles_own_models_agree_where_they_are_the_fixtures() {
+    let agreed = check_all("config.json", safetensors_logits, SAFETENSORS_LEFT_OUT).await;
+    assert!(agreed >= 60, "only {agreed} prompts were compared");
+}
+
+#[tokio::test]
+async fn candles_own_gguf_models_agree_where_they_are_the_fixtures() {
+    let agreed = check_all("model-f32.gguf", gguf_logits, GGUF_LEFT_OUT).await;
+    assert!(agreed >= 20, "only {agreed} prompts were compared");
+}
