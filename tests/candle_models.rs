@@ -1,6 +1,6 @@
 //! Our one decoder against candle's own models, family by family, on the fixtures of `tests/fixtures/families`. Where
 //! candle's model is not the fixture's, a table says so and why, and the test holds the table to that: candle then has
-//! to differ from what Hugging Face transformers computes, or fail.
+//! to differ from what Hugging Face transformers computes, and to equal ours once our config says what candle does.
 
 mod common;
 
@@ -12,6 +12,7 @@ use anyhow::{Context, anyhow, bail};
 use candle_core::quantized::gguf_file::Content;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use candle_pipeline::HeterogeneousPipelineExecutor;
 use candle_transformers::models as candle;
 use serde_json::{Value, json};
 
@@ -22,15 +23,16 @@ const TOLERANCE: f32 = 1e-4;
 struct LeftOut {
     /// What candle does instead.
     why: &'static str,
-    /// Tokens of the shortest prompt that shows it; shorter ones are compared all the same. 1 where it does not load.
-    from: usize,
     fixtures: &'static [&'static str],
+    /// Tokens of the shortest prompt that shows it; shorter ones are compared all the same.
+    from: usize,
+    /// The fields of config.json that describe what candle does. Empty where no config does, or candle gives nothing.
+    instead: &'static str,
 }
 
 const SAFETENSORS_LEFT_OUT: &[LeftOut] = &[
     LeftOut {
         why: "llama: the config knows llama3 scaling and no other, and does not deserialise",
-        from: 1,
         fixtures: &[
             "llama-dynamic-rope",
             "llama-linear-rope",
@@ -38,51 +40,109 @@ const SAFETENSORS_LEFT_OUT: &[LeftOut] = &[
             "llama-yarn-attention-factor",
             "llama-yarn-mscale",
         ],
-    },
-    LeftOut { why: "llama: biases are not loaded", from: 1, fixtures: &["llama-bias"] },
-    LeftOut { why: "llama: `hidden_act` is not read, SiLU is used", from: 1, fixtures: &["llama-gelu"] },
-    LeftOut { why: "llama: `head_dim` is not read, the shapes do not match", from: 1, fixtures: &["llama-head-dim"] },
-    LeftOut {
-        why: "mistral, gemma2, gemma3: the mask of a sliding window shows one key too many (`j + window < i`); gemma2 \
-              also puts it on every layer",
-        from: 60,
-        fixtures: &["mistral-sliding", "gemma2", "gemma2-no-softcap", "gemma3", "gemma3-conditional"],
+        from: 1,
+        instead: "",
     },
     LeftOut {
-        why: "qwen2: the window goes on every layer, `max_window_layers` is not used; and shows one key too many",
+        why: "llama: `head_dim` is not read, so the shapes do not match",
+        fixtures: &["llama-head-dim"],
+        from: 1,
+        instead: "",
+    },
+    LeftOut {
+        why: "llama: biases are not loaded",
+        fixtures: &["llama-bias"],
+        from: 1,
+        instead: r#"{"attention_bias": false, "mlp_bias": false}"#,
+    },
+    LeftOut {
+        why: "llama: `hidden_act` is not read",
+        fixtures: &["llama-gelu"],
+        from: 1,
+        instead: r#"{"hidden_act": "silu"}"#,
+    },
+    LeftOut {
+        why: "mistral: the mask of a window of 16 shows 17 keys (`j + window < i`), and so it does in the families below",
+        fixtures: &["mistral-sliding"],
         from: 60,
+        instead: r#"{"sliding_window": 17}"#,
+    },
+    LeftOut {
+        why: "qwen2: the window goes on every layer",
         fixtures: &["qwen2-sliding"],
+        from: 60,
+        instead: r#"{"sliding_window": 17, "layer_types": null, "max_window_layers": 0}"#,
+    },
+    LeftOut {
+        why: "qwen2: RoPE scaling is not read",
+        fixtures: &["qwen2-yarn"],
+        from: 7,
+        instead: r#"{"rope_parameters": {"rope_theta": 100.0}, "max_position_embeddings": 256}"#,
     },
     LeftOut {
         why: "qwen3, smollm3: sliding windows are refused",
-        from: 1,
         fixtures: &["qwen3-sliding", "smollm3-sliding"],
+        from: 1,
+        instead: "",
     },
-    LeftOut { why: "qwen2: `rope_scaling` is not read", from: 7, fixtures: &["qwen2-yarn"] },
-    LeftOut { why: "gemma3: `rope_scaling` is not read", from: 7, fixtures: &["gemma3-linear-rope"] },
     LeftOut {
-        why: "gemma2: scores are scaled by `head_dim`, `query_pre_attn_scalar` is not used",
-        from: 7,
+        why: "gemma2: the window goes on every layer",
+        fixtures: &["gemma2", "gemma2-no-softcap"],
+        from: 60,
+        instead: r#"{"sliding_window": 17, "layer_types":
+            ["sliding_attention", "sliding_attention", "sliding_attention", "sliding_attention"]}"#,
+    },
+    LeftOut {
+        why: "gemma2: scores are scaled by `head_dim`, not by `query_pre_attn_scalar`; and the window",
         fixtures: &["gemma2-query-scalar"],
+        from: 7,
+        instead: r#"{"query_pre_attn_scalar": 16, "sliding_window": 17, "layer_types":
+            ["sliding_attention", "sliding_attention", "sliding_attention", "sliding_attention"]}"#,
     },
     LeftOut {
-        why: "gemma3: the same, and `attn_logit_softcapping` is used, which transformers ignores",
-        from: 7,
-        fixtures: &["gemma3-pattern"],
+        why: "gemma3: the mask's window is one too wide",
+        fixtures: &["gemma3"],
+        from: 60,
+        instead: r#"{"sliding_window": 17}"#,
     },
-    LeftOut { why: "phi3: `sliding_window` is not read", from: 60, fixtures: &["phi3-sliding"] },
     LeftOut {
-        why: "phi3: LongRoPE's factors multiply the frequencies instead of dividing them, short and long ones are mixed \
-              within a sequence, and the attention factor is missing",
+        why: "gemma3: RoPE scaling is not read; and the window",
+        fixtures: &["gemma3-linear-rope"],
         from: 7,
+        instead: r#"{"sliding_window": 17, "rope_parameters":
+            {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}}"#,
+    },
+    LeftOut {
+        why: "gemma3: a prompt fails with several key heads, whose values do not lie as its KV cache wants them",
+        fixtures: &["gemma3-conditional", "gemma3-pattern"],
+        from: 7,
+        instead: "",
+    },
+    LeftOut {
+        why: "phi3: `sliding_window` is not read",
+        fixtures: &["phi3-sliding"],
+        from: 60,
+        instead: r#"{"sliding_window": null}"#,
+    },
+    LeftOut {
+        why: "phi3: LongRoPE's factors multiply the frequencies instead of dividing them, a long sequence begins with \
+              the short ones, and the attention factor is missing",
         fixtures: &["phi3-longrope", "phi4-mini"],
-    },
-    LeftOut { why: "granite: none of the four multipliers is read", from: 1, fixtures: &["granite"] },
-    LeftOut { why: "granite: nor is a tied head, which does not load", from: 1, fixtures: &["granite-bias"] },
-    LeftOut {
-        why: "granite: scores are scaled by `head_dim` where `attention_multiplier` is 1",
         from: 7,
-        fixtures: &["granite-defaults"],
+        instead: "",
+    },
+    LeftOut {
+        why: "granite: none of the four multipliers is read",
+        fixtures: &["granite", "granite-defaults"],
+        from: 7,
+        instead: r#"{"attention_multiplier": 0.35355339059327379, "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0, "logits_scaling": 1.0}"#,
+    },
+    LeftOut {
+        why: "granite: a model with tied embeddings does not load",
+        fixtures: &["granite-bias"],
+        from: 1,
+        instead: "",
     },
 ];
 
@@ -142,6 +202,8 @@ fn config(dir: &Path) -> anyhow::Result<Value> {
     if config["use_sliding_window"] == false {
         config["sliding_window"] = config["max_position_embeddings"].clone();
     }
+    // Only the length of candle's tables, which the longest prompts would pass.
+    config["max_position_embeddings"] = json!(256);
     if let Some(types) = config["layer_types"].as_array() {
         let full = types.iter().position(|kind| kind == "full_attention").unwrap_or(types.len());
         config["sliding_window_pattern"] = json!(full + 1);

@@ -83,7 +83,8 @@ struct Inner {
     threads: Vec<JoinHandle<()>>,
     pipeline: HeterogeneousPipeline,
     counters: Vec<Arc<StageCounters>>,
-    tokenizer: Option<Tokenizer>,
+    /// An unsupported tokenizer is told to whoever asks for text; token ids work without.
+    tokenizer: Result<Option<Tokenizer>>,
     failed: Arc<OnceLock<Error>>,
     next_id: AtomicU64,
     load_time: Duration,
@@ -165,8 +166,12 @@ impl HeterogeneousPipelineExecutor {
             return Err(Error::option("model", format!("the pipeline was planned for {planned}, not for `{model}`")));
         }
         let tokenizer = match &files {
-            ModelFiles::HuggingFace { dir } => Tokenizer::from_hf_dir(dir)?,
-            ModelFiles::Gguf { file } => Tokenizer::from_gguf(file)?,
+            ModelFiles::HuggingFace { dir } => Tokenizer::from_hf_dir(dir),
+            ModelFiles::Gguf { file } => Tokenizer::from_gguf(file),
+        };
+        let tokenizer = match tokenizer {
+            Ok(_) | Err(Error::Unsupported { .. }) => tokenizer,
+            Err(damaged) => return Err(damaged),
         };
         let failed = Arc::new(OnceLock::new());
         let (to_scheduler, scheduler_inbox) = std::sync::mpsc::channel();
@@ -306,9 +311,9 @@ impl HeterogeneousPipelineExecutor {
         self.submit(ids, options, true)
     }
 
-    /// The model's tokenizer, if it has one.
+    /// The model's tokenizer, if it has one that is supported.
     pub fn tokenizer(&self) -> Option<&Tokenizer> {
-        self.inner.tokenizer.as_ref()
+        self.inner.tokenizer.as_ref().ok()?.as_ref()
     }
 
     /// The plan it runs.
@@ -347,7 +352,10 @@ impl HeterogeneousPipelineExecutor {
 
     fn needed_tokenizer(&self) -> Result<&Tokenizer> {
         let missing = "the model has no tokenizer (tokenizer.json, or tokenizer.ggml.* in GGUF); use token ids";
-        self.inner.tokenizer.as_ref().ok_or_else(|| Error::Tokenizer(missing.into()))
+        match &self.inner.tokenizer {
+            Ok(tokenizer) => tokenizer.as_ref().ok_or_else(|| Error::Tokenizer(missing.into())),
+            Err(unsupported) => Err(unsupported.clone()),
+        }
     }
 
     fn submit_encoded(&self, ids: Result<Vec<u32>>, options: &GenerationOptions) -> GenerationStream {
