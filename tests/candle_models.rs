@@ -160,7 +160,7 @@ const GGUF_LEFT_OUT: &[LeftOut] = &[
         instead: "",
     },
     LeftOut {
-        why: "quantized_smollm3: quantises the head to Q8_0, whatever the file has",
+        why: "quantized_smollm3: knows heads of 128 only, and quantises the output to Q8_0 whatever the file has",
         fixtures: &["smollm3"],
         from: 1,
         instead: "",
@@ -216,7 +216,13 @@ const GGUF_LEFT_OUT: &[LeftOut] = &[
     },
     LeftOut {
         why: "quantized_phi3: the part of a head that is not rotated is not passed through, so the shapes do not match",
-        fixtures: &["phi3-partial-rotary", "phi4-mini"],
+        fixtures: &["phi3-partial-rotary"],
+        from: 1,
+        instead: "",
+    },
+    LeftOut {
+        why: "quantized_phi3: a model with tied embeddings does not load",
+        fixtures: &["phi4-mini"],
         from: 1,
         instead: "",
     },
@@ -415,13 +421,13 @@ async fn check_all(file: &str, candle_logits: CandleLogits, left_out: &[LeftOut]
 }
 
 #[tokio::test]
-async fn candles_own_models_agree_where_they_are_the_fixtures() {
+async fn candles_models_of_safetensors_agree() {
     let agreed = check_all("config.json", safetensors_logits, SAFETENSORS_LEFT_OUT).await;
-    assert!(agreed >= 60, "only {agreed} prompts were compared");
+    assert!(agreed >= 100, "only {agreed} prompts were compared");
 }
 
 #[tokio::test]
-async fn candles_own_gguf_models_agree_where_they_are_the_fixtures() {
+async fn candles_models_of_gguf_agree() {
     let agreed = check_all("model-f32.gguf", gguf_logits, GGUF_LEFT_OUT).await;
-    assert!(agreed >= 20, "only {agreed} prompts were compared");
+    assert!(agreed >= 40, "only {agreed} prompts were compared");
 }

@@ -324,7 +324,7 @@ pub fn by_gguf_architecture(architecture: &str) -> Result<&'static Family> {
 
 fn find(value: &str, keys: fn(&Family) -> &'static [&'static str]) -> Result<&'static Family> {
     FAMILIES.iter().find(|family| keys(family).contains(&value)).ok_or_else(|| {
-        let known: Vec<&str> = FAMILIES.iter().flat_map(|family| keys(family)).copied().collect();
+        let known: Vec<&str> = FAMILIES.iter().flat_map(keys).copied().collect();
         Error::Unsupported {
             what: "architecture",
             value: value.to_string(),

@@ -65,8 +65,8 @@ pub fn split_by_bytes(weights: &WeightBytes, kv_per_layer: u64, budgets: &[Budge
     };
     let mut best = vec![vec![f64::INFINITY; layers + 1]; stages];
     let mut cut = vec![vec![0; layers + 1]; stages];
-    for end in 1..=layers {
-        best[0][end] = share(0, 0..end);
+    for (end, best) in best[0].iter_mut().enumerate().skip(1) {
+        *best = share(0, 0..end);
     }
     for stage in 1..stages {
         for end in stage + 1..=layers {

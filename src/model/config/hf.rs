@@ -1,0 +1,392 @@
+//! Hugging Face's config.json, read field by field: families spell and default the same things in their own ways, so what
+//! is absent comes from the family and what is wrong is named.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::{
+    Activation, DecoderConfig, LayerConfig, LayerRope, MAX_LAYERS, RopeConfig, RopeScaling, layer_norms,
+    longrope_attention_factor, with_stretched_context,
+};
+use crate::error::{Error, Result};
+use crate::model::family::{self, AttentionScale, Family, SlidingLayers, Softcap};
+
+impl DecoderConfig {
+    /// Reads config.json, and the end-of-sequence ids from generation_config.json where there is one.
+    pub fn from_hf_dir(dir: &Path) -> Result<(DecoderConfig, &'static Family)> {
+        let root = Json::read(dir.join("config.json"))?;
+        let model_type = root.text("model_type")?.ok_or_else(|| root.missing("model_type"))?;
+        let family = family::by_model_type(&model_type)?;
+        // Multimodal wrappers keep the language model's fields in a folder of their own.
+        let json = match root.value.get("text_config") {
+            Some(text) => Json { path: root.path.clone(), value: text.clone() },
+            None => root,
+        };
+        if let Some(kind) = json.value.get("quantization_config") {
+            let method = kind.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
+            return Err(Error::Unsupported {
+                what: "quantization_config",
+                value: method.to_string(),
+                hint: "use the unquantised safetensors or a GGUF file of the model".into(),
+            });
+        }
+        let mut config = from_json(&json, family, &model_type)?;
+        let generation = dir.join("generation_config.json");
+        if generation.exists() {
+            let eos = Json::read(generation)?.token_ids("eos_token_id")?;
+            if let Some(eos) = eos {
+                config.eos_token_ids = eos;
+            }
+        }
+        config.validate(&json.path)?;
+        Ok((config, family))
+    }
+}
+
+/// A config.json with typed access; errors name the file and the field.
+struct Json {
+    path: PathBuf,
+    value: Value,
+}
+
+impl Json {
+    fn read(path: PathBuf) -> Result<Json> {
+        let text = std::fs::read_to_string(&path).map_err(|e| Error::file(&path, e))?;
+        let value = serde_json::from_str(&text).map_err(|e| Error::file(&path, format!("not valid JSON: {e}")))?;
+        Ok(Json { path, value })
+    }
+
+    fn missing(&self, field: &str) -> Error {
+        Error::file(&self.path, format!("field `{field}` is missing"))
+    }
+
+    fn wrong(&self, field: &str, value: &Value, wanted: &str) -> Error {
+        Error::file(&self.path, format!("field `{field}` is {value}, expected {wanted}"))
+    }
+
+    /// The field's value; absent and null are `None`.
+    fn get<'a>(&'a self, field: &str) -> Option<&'a Value> {
+        self.value.get(field).filter(|value| !value.is_null())
+    }
+
+    fn read_as<'a, T>(
+        &'a self,
+        field: &str,
+        wanted: &str,
+        convert: impl FnOnce(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>> {
+        match self.get(field) {
+            None => Ok(None),
+            Some(value) => convert(value).map(Some).ok_or_else(|| self.wrong(field, value, wanted)),
+        }
+    }
+
+    fn size(&self, field: &str) -> Result<Option<usize>> {
+        self.read_as(field, "a whole number", |v| {
+            v.as_u64()
+                .or_else(|| v.as_f64().filter(|f| f.fract() == 0.0 && (0.0..1e15).contains(f)).map(|f| f as u64))
+                .map(|n| n as usize)
+        })
+    }
+
+    fn number(&self, field: &str) -> Result<Option<f64>> {
+        self.read_as(field, "a number", Value::as_f64)
+    }
+
+    fn flag(&self, field: &str) -> Result<Option<bool>> {
+        self.read_as(field, "true or false", Value::as_bool)
+    }
+
+    fn text(&self, field: &str) -> Result<Option<String>> {
+        self.read_as(field, "a text", |v| v.as_str().map(str::to_string))
+    }
+
+    fn numbers(&self, field: &str) -> Result<Option<Vec<f32>>> {
+        self.read_as(field, "a list of numbers", |v| {
+            v.as_array()?.iter().map(|n| n.as_f64().map(|n| n as f32)).collect()
+        })
+    }
+
+    fn token_ids(&self, field: &str) -> Result<Option<Vec<u32>>> {
+        let id = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
+        self.read_as(field, "a token id or a list of them", |v| match v.as_array() {
+            Some(ids) => ids.iter().map(id).collect(),
+            None => id(v).map(|id| vec![id]),
+        })
+    }
+
+    /// A nested object with the same error messages.
+    fn object(&self, field: &str) -> Result<Option<Json>> {
+        self.read_as(field, "an object", |v| v.as_object().map(|_| v.clone()))
+            .map(|value| value.map(|value| Json { path: self.path.clone(), value }))
+    }
+}
+
+fn from_json(json: &Json, family: &'static Family, model_type: &str) -> Result<DecoderConfig> {
+    let needed = |field: &str, default: fn(&family::Sizes) -> usize| -> Result<usize> {
+        let size = json.size(field)?.or(family.sizes.as_ref().map(default));
+        size.ok_or_else(|| json.missing(field))
+    };
+    let hidden_size = needed("hidden_size", |sizes| sizes.hidden_size)?;
+    let num_hidden_layers = needed("num_hidden_layers", |sizes| sizes.num_hidden_layers)?;
+    let num_attention_heads = needed("num_attention_heads", |sizes| sizes.num_attention_heads)?;
+    if num_hidden_layers > MAX_LAYERS {
+        return Err(Error::file(&json.path, format!("`num_hidden_layers` is {num_hidden_layers}")));
+    }
+    if num_attention_heads == 0 {
+        return Err(Error::file(&json.path, "`num_attention_heads` is 0"));
+    }
+    let head_dim = json.size("head_dim")?.or(family.head_dim).unwrap_or(hidden_size / num_attention_heads);
+    let max_position_embeddings = json.size("max_position_embeddings")?.unwrap_or(family.max_position_embeddings);
+    let (rope, local_rope) = ropes_from_json(json, family, head_dim, max_position_embeddings)?;
+    let activation = match json.text("hidden_activation")?.or(json.text("hidden_act")?).as_deref() {
+        None => family.activation,
+        Some("silu" | "swish") => Activation::Silu,
+        Some("gelu_pytorch_tanh" | "gelu_new" | "gelu_fast") => Activation::GeluTanh,
+        // Gemma 1 says `gelu` and means the approximation; transformers corrects it in the same way.
+        Some("gelu") if family.activation == Activation::GeluTanh => Activation::GeluTanh,
+        Some("gelu") => Activation::Gelu,
+        Some(other) => {
+            return Err(Error::Unsupported {
+                what: "activation",
+                value: other.to_string(),
+                hint: "supported are silu, gelu and gelu_pytorch_tanh".into(),
+            });
+        }
+    };
+    let no_rope_layers: Option<Vec<f32>> = json.numbers("no_rope_layers")?;
+    let interval = json.size("no_rope_layer_interval")?.or(family.no_rope_interval);
+    let has_rope = |layer: usize| match (&no_rope_layers, family.no_rope_interval) {
+        // The list holds 1 for a layer WITH RoPE, in spite of its name.
+        (Some(list), Some(_)) => list.get(layer).is_none_or(|&flag| flag != 0.0),
+        (None, Some(_)) => interval.is_none_or(|n| n == 0 || !(layer + 1).is_multiple_of(n)),
+        (_, None) => true,
+    };
+    let sliding_window = sliding_window_from_json(json, family)?;
+    let is_sliding = sliding_layers_from_json(json, family, num_hidden_layers, &has_rope)?;
+    let layers = (0..num_hidden_layers)
+        .map(|layer| LayerConfig {
+            sliding_window: sliding_window.filter(|_| is_sliding[layer]),
+            rope: match (has_rope(layer), &local_rope) {
+                (false, _) => LayerRope::None,
+                (true, Some(_)) if is_sliding[layer] => LayerRope::Local,
+                (true, _) => LayerRope::Global,
+            },
+        })
+        .collect();
+    let attention_scale = match family.attention_scale {
+        AttentionScale::HeadDim => (head_dim as f64).powf(-0.5),
+        AttentionScale::QueryPreAttnScalar => json.number("query_pre_attn_scalar")?.unwrap_or(256.0).powf(-0.5),
+        AttentionScale::AttentionMultiplier => json.number("attention_multiplier")?.unwrap_or(1.0),
+    };
+    let softcap = |field: &str, rule: Softcap| -> Result<Option<f64>> {
+        match (rule, json.value.get(field)) {
+            (Softcap::Ignored, _) => Ok(None),
+            (Softcap::Default(default), None) => Ok(default),
+            (Softcap::Default(_), Some(_)) => json.number(field),
+        }
+    };
+    let multiplier = |field: &str| -> Result<f64> {
+        if family.attention_scale != AttentionScale::AttentionMultiplier {
+            return Ok(1.0);
+        }
+        Ok(json.number(field)?.unwrap_or(1.0))
+    };
+    // Families with a fixed bias have no such field; one that strayed into their config means nothing.
+    let attention_bias = !family.qkv_bias && json.flag("attention_bias")?.unwrap_or(false);
+    let embedding_multiplier =
+        if family.embedding_sqrt_hidden { (hidden_size as f64).sqrt() } else { multiplier("embedding_multiplier")? };
+    Ok(with_stretched_context(DecoderConfig {
+        family: family.name,
+        architecture: model_type.to_string(),
+        vocab_size: needed("vocab_size", |sizes| sizes.vocab_size)?,
+        hidden_size,
+        intermediate_size: needed("intermediate_size", |sizes| sizes.intermediate_size)?,
+        num_hidden_layers,
+        num_attention_heads,
+        num_key_value_heads: match json.value.get("num_key_value_heads") {
+            None => family.num_key_value_heads,
+            Some(_) => json.size("num_key_value_heads")?,
+        }
+        .unwrap_or(num_attention_heads),
+        head_dim,
+        rms_norm_eps: json.number("rms_norm_eps")?.unwrap_or(family.rms_norm_eps),
+        norm_offset: family.norm_offset,
+        norms: layer_norms(family),
+        qk_norm: family.qk_norm,
+        activation,
+        tie_word_embeddings: json.flag("tie_word_embeddings")?.unwrap_or(family.tied),
+        qkv_bias: Some(family.qkv_bias || attention_bias),
+        o_bias: Some(attention_bias),
+        mlp_bias: Some(json.flag("mlp_bias")?.unwrap_or(false)),
+        rope,
+        local_rope,
+        layers,
+        max_position_embeddings,
+        attention_scale,
+        attn_logit_softcapping: softcap("attn_logit_softcapping", family.attn_logit_softcapping)?,
+        final_logit_softcapping: softcap("final_logit_softcapping", family.final_logit_softcapping)?,
+        embedding_multiplier,
+        residual_multiplier: multiplier("residual_multiplier")?,
+        logits_scaling: multiplier("logits_scaling")?,
+        eos_token_ids: match json.value.get("eos_token_id") {
+            None => family.eos_token_id.into_iter().collect(),
+            Some(_) => json.token_ids("eos_token_id")?.unwrap_or_default(),
+        },
+    }))
+}
+
+fn sliding_window_from_json(json: &Json, family: &Family) -> Result<Option<usize>> {
+    let window = match json.value.get("sliding_window") {
+        None => family.sliding_window,
+        Some(_) => json.size("sliding_window")?,
+    };
+    let switched = matches!(family.sliding, SlidingLayers::FromMaxWindowLayers | SlidingLayers::WithoutRope);
+    if switched && !json.flag("use_sliding_window")?.unwrap_or(false) {
+        return Ok(None);
+    }
+    Ok(window)
+}
+
+fn sliding_layers_from_json(
+    json: &Json,
+    family: &Family,
+    layers: usize,
+    has_rope: &dyn Fn(usize) -> bool,
+) -> Result<Vec<bool>> {
+    if !matches!(family.sliding, SlidingLayers::Never | SlidingLayers::All)
+        && let Some(types) = json.get("layer_types")
+    {
+        let types = types.as_array().ok_or_else(|| json.wrong("layer_types", types, "a list"))?;
+        if types.len() != layers {
+            let found = types.len();
+            return Err(Error::file(&json.path, format!("`layer_types` has {found} entries for {layers} layers")));
+        }
+        return types
+            .iter()
+            .map(|kind| match kind.as_str() {
+                Some("sliding_attention") => Ok(true),
+                Some("full_attention") => Ok(false),
+                _ => Err(Error::Unsupported {
+                    what: "layer type",
+                    value: kind.to_string(),
+                    hint: "supported are full_attention and sliding_attention".into(),
+                }),
+            })
+            .collect();
+    }
+    let max_window_layers = json.size("max_window_layers")?.unwrap_or(28);
+    let pattern = json.size("sliding_window_pattern")?.or(json.size("_sliding_window_pattern")?);
+    Ok((0..layers)
+        .map(|layer| match family.sliding {
+            SlidingLayers::Never => false,
+            SlidingLayers::All => true,
+            SlidingLayers::FromMaxWindowLayers => layer >= max_window_layers,
+            SlidingLayers::AllButEvery(n) => !(layer + 1).is_multiple_of(pattern.unwrap_or(n).max(1)),
+            SlidingLayers::WithoutRope => !has_rope(layer),
+        })
+        .collect())
+}
+
+/// The rotary embeddings, from `rope_theta` + `rope_scaling` or from the newer `rope_parameters`, which may hold one
+/// set for each layer type.
+fn ropes_from_json(
+    json: &Json,
+    family: &Family,
+    head_dim: usize,
+    max_positions: usize,
+) -> Result<(RopeConfig, Option<RopeConfig>)> {
+    let theta = json.number("rope_theta")?.unwrap_or(family.rope_theta);
+    let none = || Json { path: json.path.clone(), value: Value::Object(Default::default()) };
+    let parameters = match json.object("rope_scaling")? {
+        Some(parameters) => parameters,
+        None => json.object("rope_parameters")?.unwrap_or_else(none),
+    };
+    let build = |p: &Json, theta: f64| rope_from_json(json, p, family, theta, head_dim, max_positions);
+    let Some(local_theta) = family.local_rope_theta else {
+        return Ok((build(&parameters, theta)?, None));
+    };
+    let local_theta = json.number("rope_local_base_freq")?.unwrap_or(local_theta);
+    match (parameters.object("full_attention")?, parameters.object("sliding_attention")?) {
+        (None, None) => Ok((build(&parameters, theta)?, Some(build(&none(), local_theta)?))),
+        (full, sliding) => {
+            Ok((build(&full.unwrap_or_else(none), theta)?, Some(build(&sliding.unwrap_or_else(none), local_theta)?)))
+        }
+    }
+}
+
+fn rope_from_json(
+    json: &Json,
+    parameters: &Json,
+    family: &Family,
+    theta: f64,
+    head_dim: usize,
+    max_positions: usize,
+) -> Result<RopeConfig> {
+    let theta = parameters.number("rope_theta")?.unwrap_or(theta);
+    let partial = match family.partial_rotary {
+        true => parameters.number("partial_rotary_factor")?.or(json.number("partial_rotary_factor")?).unwrap_or(1.0),
+        false => 1.0,
+    };
+    let rotary_dim = (head_dim as f64 * partial) as usize;
+    let mut kind = parameters.text("rope_type")?.or(parameters.text("type")?).unwrap_or_else(|| "default".into());
+    if family.longrope_original.is_some() && matches!(kind.as_str(), "su" | "yarn") {
+        kind = "longrope".into();
+    }
+    let needed = |field: &str| -> Result<f64> { parameters.number(field)?.ok_or_else(|| parameters.missing(field)) };
+    // Phi-3 states the trained length outside the parameters, and that one counts.
+    let original = match json.size("original_max_position_embeddings")?.or(family.longrope_original) {
+        Some(original) => original,
+        None => parameters.size("original_max_position_embeddings")?.unwrap_or(max_positions),
+    };
+    let scaling = match kind.as_str() {
+        "default" => RopeScaling::Default,
+        "linear" => RopeScaling::Linear { factor: needed("factor")? },
+        "dynamic" => {
+            RopeScaling::Dynamic { factor: needed("factor")?, original_max_position_embeddings: max_positions }
+        }
+        "llama3" => RopeScaling::Llama3 {
+            factor: needed("factor")?,
+            low_freq_factor: needed("low_freq_factor")?,
+            high_freq_factor: needed("high_freq_factor")?,
+            original_max_position_embeddings: original,
+        },
+        "yarn" => {
+            let factor = parameters.number("factor")?.unwrap_or(max_positions as f64 / original.max(1) as f64);
+            let mscale = |scale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 };
+            let inferred = match (parameters.number("mscale")?, parameters.number("mscale_all_dim")?) {
+                (Some(m), Some(all)) if m != 0.0 && all != 0.0 => mscale(m) / mscale(all),
+                _ => mscale(1.0),
+            };
+            RopeScaling::Yarn {
+                factor,
+                original_max_position_embeddings: original,
+                attention_factor: parameters.number("attention_factor")?.unwrap_or(inferred),
+                beta_fast: parameters.number("beta_fast")?.filter(|&b| b != 0.0).unwrap_or(32.0),
+                beta_slow: parameters.number("beta_slow")?.filter(|&b| b != 0.0).unwrap_or(1.0),
+                truncate: parameters.flag("truncate")?.unwrap_or(true),
+            }
+        }
+        "longrope" => {
+            let factor = parameters.number("factor")?.unwrap_or(max_positions as f64 / original.max(1) as f64);
+            let divisors = |field: &str| parameters.numbers(field)?.ok_or_else(|| parameters.missing(field));
+            RopeScaling::LongRope {
+                short_factor: divisors("short_factor")?,
+                long_factor: divisors("long_factor")?,
+                original_max_position_embeddings: original,
+                attention_factor: parameters
+                    .number("attention_factor")?
+                    .unwrap_or_else(|| longrope_attention_factor(factor, original)),
+            }
+        }
+        other => {
+            return Err(Error::Unsupported {
+                what: "RoPE type",
+                value: other.to_string(),
+                hint: "supported are default, linear, dynamic, llama3, yarn and longrope".into(),
+            });
+        }
+    };
+    Ok(RopeConfig { theta, rotary_dim, scaling, interleaved: false })
+}

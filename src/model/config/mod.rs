@@ -1,0 +1,307 @@
+//! What a decoder is: one set of typed data for every family, read from a config.json or from GGUF metadata. Anything
+//! that is not supported is refused here by name, before a weight is touched.
+//!
+//! This file holds the data and the checks that both sources share; the reading is in a file for each.
+
+mod gguf;
+mod hf;
+
+use std::path::Path;
+
+use super::family::Family;
+use crate::error::{Error, Result};
+
+/// The function between gate and up projection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `x * sigmoid(x)`.
+    Silu,
+    /// GELU with the error function.
+    Gelu,
+    /// GELU by its tanh approximation.
+    GeluTanh,
+}
+
+/// RMSNorm on queries and keys, before RoPE.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QkNorm {
+    /// None.
+    None,
+    /// On each head, one weight for all heads.
+    PerHead,
+    /// On the whole projection.
+    WholeProjection,
+}
+
+/// How RoPE's inverse frequencies are stretched for long contexts.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RopeScaling {
+    /// As in the RoFormer paper.
+    Default,
+    /// Positions divided by `factor`.
+    Linear {
+        /// The divisor.
+        factor: f64,
+    },
+    /// NTK-aware: the base grows with the length once that passes the trained one.
+    Dynamic {
+        /// How much longer than trained.
+        factor: f64,
+        /// The trained length.
+        original_max_position_embeddings: usize,
+    },
+    /// Llama 3.1: low frequencies divided by `factor`, high ones kept, a ramp between.
+    Llama3 {
+        /// Divisor of the low frequencies.
+        factor: f64,
+        /// Turns over the trained length below which a frequency is low.
+        low_freq_factor: f64,
+        /// Turns above which it is high.
+        high_freq_factor: f64,
+        /// The trained length.
+        original_max_position_embeddings: usize,
+    },
+    /// YaRN (arXiv 2309.00071).
+    Yarn {
+        /// How much longer than trained.
+        factor: f64,
+        /// The trained length.
+        original_max_position_embeddings: usize,
+        /// Multiplies cos and sin.
+        attention_factor: f64,
+        /// Turns above which a frequency is kept.
+        beta_fast: f64,
+        /// Turns below which it is divided by `factor`.
+        beta_slow: f64,
+        /// Whether the ramp's ends are rounded to whole dimensions.
+        truncate: bool,
+    },
+    /// LongRoPE (arXiv 2402.13753): a divisor for each frequency, one set up to the trained length, one beyond.
+    LongRope {
+        /// Divisors while the sequence is within the trained length.
+        short_factor: Vec<f32>,
+        /// Divisors for longer sequences.
+        long_factor: Vec<f32>,
+        /// The trained length.
+        original_max_position_embeddings: usize,
+        /// Multiplies cos and sin.
+        attention_factor: f64,
+    },
+    /// A divisor for each frequency, which is how GGUF stores Llama 3.1's scaling.
+    Divided {
+        /// The divisors.
+        factors: Vec<f32>,
+    },
+}
+
+/// One rotary position embedding.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RopeConfig {
+    /// Base of the frequencies.
+    pub theta: f64,
+    /// Leading elements of a head that are rotated; the rest pass through.
+    pub rotary_dim: usize,
+    /// Long-context scaling.
+    pub scaling: RopeScaling,
+    /// Pairs are neighbours (2i, 2i + 1) instead of halves (i, i + rotary_dim / 2).
+    pub interleaved: bool,
+}
+
+/// Which rotary embedding a layer uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LayerRope {
+    /// None at all.
+    None,
+    /// [`DecoderConfig::rope`].
+    Global,
+    /// [`DecoderConfig::local_rope`].
+    Local,
+}
+
+/// What differs from layer to layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerConfig {
+    /// A query sees this many positions, itself included. `None` sees all before it.
+    pub sliding_window: Option<usize>,
+    /// Its rotary embedding.
+    pub rope: LayerRope,
+}
+
+/// Which norms a layer has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerNorms {
+    /// Before attention.
+    pub attn_norm: bool,
+    /// On attention's output.
+    pub attn_post_norm: bool,
+    /// Before the MLP.
+    pub mlp_norm: bool,
+    /// On the MLP's output.
+    pub mlp_post_norm: bool,
+}
+
+/// Everything the decoder needs to know about a model but its weights. Field names are those of Hugging Face configs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DecoderConfig {
+    /// Name of the family, such as `Llama`.
+    pub family: &'static str,
+    /// The architecture as the file names it (`model_type` or `general.architecture`).
+    pub architecture: String,
+    /// Rows of the embedding table and of the head.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width of the MLP.
+    pub intermediate_size: usize,
+    /// Decoder layers.
+    pub num_hidden_layers: usize,
+    /// Query heads.
+    pub num_attention_heads: usize,
+    /// Key and value heads.
+    pub num_key_value_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Epsilon of every RMSNorm.
+    pub rms_norm_eps: f64,
+    /// Added to the stored norm weights.
+    pub norm_offset: f32,
+    /// The norms of a layer.
+    pub norms: LayerNorms,
+    /// Norms on q and k.
+    pub qk_norm: QkNorm,
+    /// The MLP's activation.
+    pub activation: Activation,
+    /// Whether the head is the embedding table.
+    pub tie_word_embeddings: bool,
+    /// Whether the q, k and v projections must have a bias; `None` where the file alone decides.
+    pub qkv_bias: Option<bool>,
+    /// The same for attention's output projection.
+    pub o_bias: Option<bool>,
+    /// The same for the MLP's projections.
+    pub mlp_bias: Option<bool>,
+    /// The rotary embedding of most layers.
+    pub rope: RopeConfig,
+    /// The one of layers with [`LayerRope::Local`].
+    pub local_rope: Option<RopeConfig>,
+    /// One entry for each layer.
+    pub layers: Vec<LayerConfig>,
+    /// Positions that the model can tell apart, prompt and generated tokens together. `usize::MAX` where the rotary
+    /// embedding stretches to any length.
+    pub max_position_embeddings: usize,
+    /// Factor on the attention scores.
+    pub attention_scale: f64,
+    /// Scores become `cap * tanh(score / cap)`.
+    pub attn_logit_softcapping: Option<f64>,
+    /// The same for the logits.
+    pub final_logit_softcapping: Option<f64>,
+    /// Factor on the embeddings.
+    pub embedding_multiplier: f64,
+    /// Factor on each branch before it is added to the residual stream.
+    pub residual_multiplier: f64,
+    /// The logits are divided by it.
+    pub logits_scaling: f64,
+    /// Tokens that end a generation.
+    pub eos_token_ids: Vec<u32>,
+}
+
+impl DecoderConfig {
+    /// Values of KV that one token takes in one layer, keys and values together.
+    pub fn kv_elements_per_token(&self) -> usize {
+        2 * self.num_key_value_heads * self.head_dim
+    }
+
+    fn validate(&self, path: &Path) -> Result<()> {
+        let refuse = |reason: String| Err(Error::file(path, reason));
+        // Far above every model there is; keeps products of two of them within 64 bits.
+        const LIMIT: usize = 1 << 24;
+        for (field, value) in [
+            ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden_size),
+            ("intermediate_size", self.intermediate_size),
+            ("num_attention_heads", self.num_attention_heads),
+            ("num_key_value_heads", self.num_key_value_heads),
+            ("head_dim", self.head_dim),
+        ] {
+            if value == 0 || value > LIMIT {
+                return refuse(format!("`{field}` is {value}, which is not in 1..={LIMIT}"));
+            }
+        }
+        if self.num_hidden_layers == 0 || self.num_hidden_layers > MAX_LAYERS {
+            return refuse(format!(
+                "`num_hidden_layers` is {}, which is not in 1..={MAX_LAYERS}",
+                self.num_hidden_layers
+            ));
+        }
+        if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
+            return refuse(format!(
+                "`num_attention_heads` ({}) is not a multiple of `num_key_value_heads` ({})",
+                self.num_attention_heads, self.num_key_value_heads
+            ));
+        }
+        for rope in std::iter::once(&self.rope).chain(&self.local_rope) {
+            let dim = rope.rotary_dim;
+            if dim == 0 || dim > self.head_dim || !dim.is_multiple_of(2) {
+                return refuse(format!("RoPE rotates {dim} of {} elements of a head", self.head_dim));
+            }
+            if !(rope.theta.is_finite() && rope.theta > 0.0) {
+                return refuse(format!("`rope_theta` is {}", rope.theta));
+            }
+            let divisors: &[&Vec<f32>] = match &rope.scaling {
+                RopeScaling::LongRope { short_factor, long_factor, .. } => &[short_factor, long_factor],
+                RopeScaling::Divided { factors } => &[factors],
+                _ => &[],
+            };
+            if let Some(wrong) = divisors.iter().find(|d| d.len() != dim / 2) {
+                let found = wrong.len();
+                return refuse(format!("RoPE scaling lists {found} factors for {} frequencies", dim / 2));
+            }
+        }
+        for (field, value) in [
+            ("rms_norm_eps", self.rms_norm_eps),
+            ("attention scale", self.attention_scale),
+            ("embedding_multiplier", self.embedding_multiplier),
+            ("residual_multiplier", self.residual_multiplier),
+            ("logits_scaling", self.logits_scaling),
+        ] {
+            if !(value.is_finite() && value > 0.0) {
+                return refuse(format!("`{field}` is {value}, which is not a finite number above 0"));
+            }
+        }
+        if self.layers.iter().any(|layer| layer.sliding_window == Some(0)) {
+            return refuse("`sliding_window` is 0".into());
+        }
+        Ok(())
+    }
+}
+
+/// More layers than any model has; a larger number in a file is a damaged file.
+const MAX_LAYERS: usize = 4096;
+
+fn layer_norms(family: &Family) -> LayerNorms {
+    LayerNorms {
+        attn_norm: family.names.attn_norm.is_some(),
+        attn_post_norm: family.names.attn_post_norm.is_some(),
+        mlp_norm: family.names.mlp_norm.is_some(),
+        mlp_post_norm: family.names.mlp_post_norm.is_some(),
+    }
+}
+
+/// Configs with linear or yarn scaling mostly state the trained length, which the scaling then multiplies; all others
+/// state the final one (as Gemma 3, the family with a second RoPE, does with linear scaling too). Dynamic scaling has no
+/// end.
+fn with_stretched_context(mut config: DecoderConfig) -> DecoderConfig {
+    let stated = config.max_position_embeddings;
+    config.max_position_embeddings = match &config.rope.scaling {
+        RopeScaling::Dynamic { .. } => usize::MAX,
+        RopeScaling::Linear { factor } if config.local_rope.is_none() => (stated as f64 * factor.max(1.0)) as usize,
+        RopeScaling::Yarn { factor, original_max_position_embeddings, .. } => {
+            stated.max((*original_max_position_embeddings as f64 * factor.max(1.0)) as usize)
+        }
+        _ => stated,
+    };
+    config
+}
+
+fn longrope_attention_factor(factor: f64, original: usize) -> f64 {
+    if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / (original as f64).ln()).sqrt() }
+}
