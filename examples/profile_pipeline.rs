@@ -6,6 +6,7 @@
 
 mod common;
 
+use std::process::ExitCode;
 use std::time::Instant;
 
 use candle_pipeline::GenerationEvent;
@@ -62,7 +63,11 @@ impl Latencies {
 }
 
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
+async fn main() -> ExitCode {
+    common::exit(run().await)
+}
+
+async fn run() -> anyhow::Result<()> {
     let Arguments { flags, runs, json } = Arguments::parse();
     anyhow::ensure!(runs > 0, "--runs 0 measures nothing");
     let executor = flags.load().await?;

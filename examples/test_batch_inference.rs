@@ -6,13 +6,18 @@
 
 mod common;
 
+use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
 use common::{Flags, OutputFormat};
 
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
+async fn main() -> ExitCode {
+    common::exit(run().await)
+}
+
+async fn run() -> anyhow::Result<()> {
     let flags = Flags::parse();
     let executor = flags.load().await?;
     let defaults = ["Once upon a time", "One sunny morning", "There was a little"];

@@ -7,13 +7,19 @@
 
 mod common;
 
+use std::process::ExitCode;
+
 use candle_pipeline::{FinishReason, GenerationEvent};
 use clap::Parser;
 use common::{Flags, OutputFormat, print_now, rates};
 use futures::StreamExt;
 
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
+async fn main() -> ExitCode {
+    common::exit(run().await)
+}
+
+async fn run() -> anyhow::Result<()> {
     let flags = Flags::parse();
     let executor = flags.load().await?;
     let tokenizer = executor.tokenizer();

@@ -6,6 +6,7 @@
 
 mod common;
 
+use std::process::ExitCode;
 use std::time::Instant;
 
 use candle_pipeline::GenerationEvent;
@@ -14,7 +15,11 @@ use common::{Flags, OutputFormat, print_now};
 use futures::StreamExt;
 
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
+async fn main() -> ExitCode {
+    common::exit(run().await)
+}
+
+async fn run() -> anyhow::Result<()> {
     let flags = Flags::parse();
     let executor = flags.load().await?;
     let prompts = flags.prompts(executor.tokenizer(), &["Once upon a time"])?;

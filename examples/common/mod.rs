@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each example uses a part
 
 use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -192,4 +193,15 @@ pub fn rates(tokens: usize, ttft: Duration, total: Duration) -> (f64, f64) {
 pub fn print_now(text: &str) {
     print!("{text}");
     let _ = std::io::stdout().flush();
+}
+
+/// Ends an example: an error is one line on stderr, whatever RUST_BACKTRACE says, since it is meant for the user.
+pub fn exit(result: Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }
