@@ -164,8 +164,9 @@ pub fn free_memory(spec: DeviceSpec) -> Result<u64> {
         DeviceSpec::Cpu { .. } => {
             let mut system = sysinfo::System::new();
             system.refresh_memory();
-            // A container's limit counts where it is lower than the machine's memory.
-            let limit = system.cgroup_limits().map(|limits| limits.free_memory).filter(|&free| free > 0);
+            // A container's limit counts where it is lower than the machine's memory. Its file cache is not in use: that
+            // is where a model that was just downloaded lies.
+            let limit = system.cgroup_limits().map(|limits| limits.total_memory.saturating_sub(limits.rss));
             Ok(limit.unwrap_or(u64::MAX).min(system.available_memory()))
         }
         DeviceSpec::Cuda(ordinal) => cuda_free_memory(ordinal),

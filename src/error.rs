@@ -86,7 +86,7 @@ pub enum Error {
 
     /// The prompt leaves no room for a generated token in the context.
     #[error(
-        "the prompt has {prompt_tokens} tokens and the context holds {context_length}: shorten the prompt or raise `context_length`"
+        "the prompt has {prompt_tokens} tokens and the context holds {context_length}: shorten the prompt, or raise `context_length` if the model allows more"
     )]
     PromptTooLong {
         /// Tokens in the prompt.
@@ -136,6 +136,13 @@ pub enum Error {
         reason: String,
     },
 
+    /// The scheduler's thread panicked, in a collector or in the crate itself. Build a new executor.
+    #[error("the scheduler panicked: {reason}; the executor has stopped, build a new one")]
+    SchedulerPanicked {
+        /// The panic's message.
+        reason: String,
+    },
+
     /// The executor has been dropped or has stopped.
     #[error("the executor has stopped: build a new one")]
     Stopped,
@@ -177,5 +184,14 @@ impl Error {
     /// An [`Error::InvalidOption`].
     pub(crate) fn option(option: &'static str, reason: impl std::fmt::Display) -> Self {
         Error::InvalidOption { option, reason: reason.to_string() }
+    }
+}
+
+/// The beginning of a text from a file: a damaged file may hold a very long one.
+pub(crate) fn shorten(text: &str) -> String {
+    const LONGEST: usize = 80;
+    match text.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text.to_string(),
     }
 }

@@ -2,7 +2,10 @@
 
 mod common;
 
-use candle_pipeline::{DEMO_MODEL, GenerationOptions, HeterogeneousPipelineExecutor};
+use candle_pipeline::backend::{CandleBackend, MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput};
+use candle_pipeline::{
+    DEMO_MODEL, DeviceSpec, GenerationOptions, HeterogeneousPipeline, HeterogeneousPipelineExecutor,
+};
 use common::{bits, executor, greedy};
 
 /// Every way to write `layers` as a sum of positive numbers in order.
@@ -93,6 +96,45 @@ async fn a_batch_gives_each_prompt_what_it_gives_alone() {
         let tokens = executor.infer_batch(&prompts, 16, 0.0, 1.0).await.unwrap();
         assert_eq!(tokens.len(), prompts.len());
     }
+}
+
+#[test]
+fn rows_of_several_sequences_in_one_micro_batch_are_those_of_each_alone() {
+    let devices = DeviceSpec::parse_list("cpu").unwrap();
+    let pipeline = HeterogeneousPipeline::new(&devices, DEMO_MODEL).unwrap();
+    let mut backend = CandleBackend::load(
+        &**pipeline.weights(),
+        pipeline.config().clone(),
+        0..8,
+        pipeline.devices()[0].clone(),
+        None,
+        &|_| {},
+    )
+    .unwrap();
+    let slice = |id: u64, position: usize, len: usize| SequenceSlice {
+        id: SequenceId(id),
+        position,
+        len,
+        length: position + len,
+        logits: true,
+    };
+    for id in 0..4 {
+        backend.open(SequenceId(id), 64).unwrap();
+    }
+    let mut run = |slices: &[SequenceSlice], tokens: &[u32]| {
+        let batch = MicroBatch { slices: slices.to_vec(), tokens: tokens.to_vec() };
+        match backend.forward(&batch, None).unwrap() {
+            StageOutput::Logits(logits) => logits,
+            other => panic!("{other:?}"),
+        }
+    };
+    let (a, b) = ([5u32, 9, 11], [20u32, 21, 22, 23, 24]);
+    let alone = [run(&[slice(0, 0, 3)], &a), run(&[slice(1, 0, 5)], &b)].concat();
+    let together = run(&[slice(2, 0, 3), slice(3, 0, 5)], &[&a[..], &b[..]].concat());
+    assert!(alone == together, "prefill");
+    let alone = [run(&[slice(0, 3, 1)], &[7]), run(&[slice(1, 5, 1)], &[8])].concat();
+    let together = run(&[slice(2, 3, 1), slice(3, 5, 1)], &[7, 8]);
+    assert!(alone == together, "decode");
 }
 
 #[tokio::test]

@@ -7,7 +7,8 @@ pub mod scheduler;
 pub mod stream;
 pub mod tokenizer;
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
@@ -56,7 +57,7 @@ impl Default for ExecutorOptions {
 }
 
 /// Runs a planned model. Handles are cheap to clone and may be used from many tasks at once; when the last one is
-/// dropped the stages finish the step they are in and their threads are joined.
+/// dropped the stages finish the step they are in and their threads are joined, which blocks for as long.
 ///
 /// ```
 /// # tokio_test(async {
@@ -86,6 +87,7 @@ struct Inner {
     /// An unsupported tokenizer is told to whoever asks for text; token ids work without.
     tokenizer: Result<Option<Tokenizer>>,
     failed: Arc<OnceLock<Error>>,
+    stopping: Arc<AtomicBool>,
     next_id: AtomicU64,
     load_time: Duration,
 }
@@ -152,7 +154,9 @@ impl HeterogeneousPipelineExecutor {
         // Loading blocks, so it has a thread; the executor it makes comes back through the channel.
         let starter = std::thread::Builder::new().name("pipeline-load".into());
         let started = starter.spawn(move || {
-            let _ = done.send(Self::start(pipeline, &model, options));
+            let started = catch_unwind(AssertUnwindSafe(|| Self::start(pipeline, &model, options)));
+            let _ = done
+                .send(started.unwrap_or_else(|panic| Err(Error::SchedulerPanicked { reason: panic_message(&*panic) })));
         });
         started.map_err(|e| Error::Tensors(format!("cannot start a thread: {e}")))?;
         loaded.await.map_err(|_| Error::Stopped)?
@@ -175,7 +179,8 @@ impl HeterogeneousPipelineExecutor {
         };
         let failed = Arc::new(OnceLock::new());
         let (to_scheduler, scheduler_inbox) = std::sync::mpsc::channel();
-        let Stages { first, mut threads, counters } = start_stages(&pipeline, &options, &to_scheduler)?;
+        let stopping = Arc::default();
+        let Stages { first, mut threads, counters } = start_stages(&pipeline, &options, &to_scheduler, &stopping)?;
 
         let config = pipeline.config();
         let limits = Limits {
@@ -200,6 +205,7 @@ impl HeterogeneousPipelineExecutor {
             counters,
             tokenizer,
             failed,
+            stopping,
             next_id: AtomicU64::new(0),
             load_time: began.elapsed(),
         };
@@ -409,7 +415,8 @@ impl HeterogeneousPipelineExecutor {
         let id = SequenceId(self.inner.next_id.fetch_add(1, Ordering::Relaxed));
         let (events, receiver) = tokio::sync::mpsc::unbounded_channel();
         let seed = options.seed.unwrap_or_else(rand::random);
-        let request = Request { id, prompt, options: options.clone(), seed, text, events };
+        let submitted = Instant::now();
+        let request = Request { id, prompt, options: options.clone(), seed, text, events, submitted };
         let scheduler = &self.inner.scheduler;
         scheduler.send(Message::Submit(Box::new(request))).map_err(|_| Error::Stopped)?;
         Ok(GenerationStream::live(id, receiver, scheduler.clone()))
@@ -424,10 +431,14 @@ impl std::fmt::Debug for HeterogeneousPipelineExecutor {
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        self.stopping.store(true, Ordering::Relaxed);
         let _ = self.scheduler.send(Message::Shutdown);
         for thread in self.threads.drain(..) {
-            // A thread that panicked has told its callers so already.
-            let _ = thread.join();
+            // A thread that panicked has told its callers so already. A collector may hold the last handle, on one of
+            // these threads, which cannot wait for itself.
+            if thread.thread().id() != std::thread::current().id() {
+                let _ = thread.join();
+            }
         }
     }
 }
@@ -471,6 +482,7 @@ fn start_stages(
     pipeline: &HeterogeneousPipeline,
     options: &ExecutorOptions,
     to_scheduler: &Sender<Message>,
+    stopping: &Arc<AtomicBool>,
 ) -> Result<Stages> {
     let count = pipeline.stages().len();
     let total = pipeline.stages().iter().map(|stage| stage.weight_bytes).sum();
@@ -499,6 +511,7 @@ fn start_stages(
                 let _ = replies.send(Message::Stage(reply));
             }),
             counters: counter,
+            stopping: stopping.clone(),
             probe: options.probe.clone(),
         };
         let load =
@@ -553,7 +566,7 @@ struct LoadStage {
 impl LoadStage {
     /// Loads, turning a panic into an error.
     fn run(&self) -> Result<Box<dyn StageBackend>> {
-        let loaded = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.load()));
+        let loaded = catch_unwind(AssertUnwindSafe(|| self.load()));
         loaded.unwrap_or_else(|panic| {
             let device = self.pipeline.stages()[self.stage].device.to_string();
             Err(Error::StagePanicked { stage: self.stage, device, reason: panic_message(&*panic) })

@@ -5,7 +5,9 @@
 //! altogether twice as many steps as stages are in flight, so that a stage always has its next step waiting.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::{Duration, Instant};
 
@@ -17,7 +19,7 @@ use super::tokenizer::{IncrementalDecoder, StopStringMatcher, Tokenizer};
 use crate::backend::{MicroBatch, SequenceId, SequenceSlice};
 use crate::error::{Error, Result};
 use crate::instrument::{Event, Probe};
-use crate::pipeline::worker::{StageMessage, StageReply};
+use crate::pipeline::worker::{StageMessage, StageReply, panic_message};
 
 /// What the scheduler hears.
 pub enum Message {
@@ -45,6 +47,8 @@ pub struct Request {
     pub text: Option<TextState>,
     /// Where the events go.
     pub events: UnboundedSender<Result<GenerationEvent>>,
+    /// When it was made.
+    pub submitted: Instant,
 }
 
 /// What a caller hears of its request.
@@ -113,7 +117,8 @@ struct Sequence {
     capacity: usize,
     sampler: Sampler,
     text: Option<TextState>,
-    submitted: Instant,
+    /// Tells the stages to pass by what is queued of it.
+    cancelled: Arc<AtomicBool>,
     first_token: Option<Duration>,
 }
 
@@ -139,12 +144,12 @@ pub struct Scheduler {
     inbox: Receiver<Message>,
     first_stage: SyncSender<StageMessage>,
     probe: Probe,
-    waiting: VecDeque<(Request, Instant)>,
+    waiting: VecDeque<Request>,
     active: BTreeMap<SequenceId, Sequence>,
     /// Sequences with rows to send, in turn.
     ready: VecDeque<SequenceId>,
     /// Sequence of each step in flight, and whether its logits are wanted.
-    steps: HashMap<u64, SequenceId>,
+    steps: HashMap<u64, (SequenceId, bool)>,
     next_step: u64,
     /// KV bytes set aside in each stage, until the last stage has freed them.
     kv_used: Vec<u64>,
@@ -183,6 +188,18 @@ impl Scheduler {
 
     /// Serves until told to stop. Runs on the scheduler's thread.
     pub fn run(mut self) {
+        let served = catch_unwind(AssertUnwindSafe(|| self.serve()));
+        let error = match served {
+            Ok(()) => self.dead.clone().unwrap_or(Error::Stopped),
+            Err(panic) => Error::SchedulerPanicked { reason: panic_message(&*panic) },
+        };
+        if !matches!(error, Error::Stopped) {
+            let _ = self.failed.set(error.clone());
+        }
+        self.fail_all(error);
+    }
+
+    fn serve(&mut self) {
         while let Ok(message) = self.inbox.recv() {
             if !self.handle(message) {
                 break;
@@ -190,18 +207,12 @@ impl Scheduler {
             // What has arrived in the meantime is heard before the next step is chosen.
             while let Ok(message) = self.inbox.try_recv() {
                 if !self.handle(message) {
-                    return self.stop();
+                    return;
                 }
             }
             self.admit();
             self.dispatch();
         }
-        self.stop();
-    }
-
-    fn stop(&mut self) {
-        let error = self.dead.clone().unwrap_or(Error::Stopped);
-        self.fail_all(error);
     }
 
     fn fail_all(&mut self, error: Error) {
@@ -209,7 +220,7 @@ impl Scheduler {
             self.report_finish(&sequence);
             let _ = sequence.request.events.send(Err(error.clone()));
         }
-        for (request, _) in std::mem::take(&mut self.waiting) {
+        for request in std::mem::take(&mut self.waiting) {
             let _ = request.events.send(Err(error.clone()));
         }
         self.ready.clear();
@@ -223,19 +234,21 @@ impl Scheduler {
                 Some(error) => {
                     let _ = request.events.send(Err(error.clone()));
                 }
-                None => self.waiting.push_back((*request, Instant::now())),
+                None => self.waiting.push_back(*request),
             },
             Message::Cancel(id) => {
-                self.waiting.retain(|(request, _)| request.id != id);
+                self.waiting.retain(|request| request.id != id);
                 if let Some(sequence) = self.close(id) {
                     self.finish(sequence, FinishReason::Cancelled);
                 }
             }
             Message::Stage(StageReply::Done { step, mut logits }) => {
-                if let Some(sequence) = self.landed(step)
-                    && let Some(logits) = logits.pop()
-                {
-                    self.sample(sequence, logits);
+                if let Some((id, wanted)) = self.landed(step) {
+                    match (wanted, logits.pop()) {
+                        (true, Some(logits)) => self.sample(id, logits),
+                        (true, None) => self.fail(id, Error::Tensors("the last stage returned no logits".into())),
+                        (false, _) => {}
+                    }
                 }
             }
             Message::Stage(StageReply::Closed { id }) => {
@@ -247,7 +260,7 @@ impl Scheduler {
             }
             Message::Stage(StageReply::OpenFailed { id, error }) => self.fail(id, error),
             Message::Stage(StageReply::StepFailed { step, error }) => {
-                if let Some(id) = self.landed(step) {
+                if let Some((id, _)) = self.landed(step) {
                     self.fail(id, error);
                 }
             }
@@ -262,21 +275,21 @@ impl Scheduler {
     }
 
     /// A step has left the stages. Its sequence may have ended in the meantime.
-    fn landed(&mut self, step: u64) -> Option<SequenceId> {
-        let id = self.steps.remove(&step)?;
+    fn landed(&mut self, step: u64) -> Option<(SequenceId, bool)> {
+        let (id, wanted) = self.steps.remove(&step)?;
         let sequence = self.active.get_mut(&id)?;
         sequence.in_flight -= 1;
         // A prompt that had as many chunks in flight as it may can send its next one.
         if sequence.sent < sequence.tokens.len() && !self.ready.contains(&id) {
             self.ready.push_back(id);
         }
-        Some(id)
+        Some((id, wanted))
     }
 
     /// Admits waiting requests in order while each stage has KV for the next one.
     fn admit(&mut self) {
         while self.dead.is_none()
-            && let Some((request, _)) = self.waiting.front()
+            && let Some(request) = self.waiting.front()
         {
             let capacity = capacity(request.prompt.len(), request.options.max_tokens, self.limits.context_length);
             let fits = |(used, (per_token, budget)): (&u64, &(u64, u64))| used + per_token * capacity as u64 <= *budget;
@@ -284,7 +297,7 @@ impl Scheduler {
                 // Alone it would fit (that was checked when it was submitted), so somebody's end makes room.
                 return;
             }
-            let Some((mut request, submitted)) = self.waiting.pop_front() else { return };
+            let Some(mut request) = self.waiting.pop_front() else { return };
             for (used, (per_token, _)) in self.kv_used.iter_mut().zip(&self.limits.kv) {
                 *used += per_token * capacity as u64;
             }
@@ -298,7 +311,7 @@ impl Scheduler {
                 sent: 0,
                 in_flight: 0,
                 capacity,
-                submitted,
+                cancelled: Arc::default(),
                 first_token: None,
             };
             self.active.insert(id, sequence);
@@ -327,10 +340,11 @@ impl Scheduler {
             if end < total {
                 self.ready.push_back(id);
             }
+            let cancelled = sequence.cancelled.clone();
             let step = self.next_step;
             self.next_step += 1;
-            self.steps.insert(step, id);
-            self.send(StageMessage::Step { step, batch, input: None });
+            self.steps.insert(step, (id, slice.logits));
+            self.send(StageMessage::Step { step, batch, input: None, cancelled });
         }
     }
 
@@ -369,6 +383,7 @@ impl Scheduler {
     /// Takes a sequence out and frees its KV once the steps in flight have passed.
     fn close(&mut self, id: SequenceId) -> Option<Sequence> {
         let sequence = self.active.remove(&id)?;
+        sequence.cancelled.store(true, Ordering::Relaxed);
         self.closing.insert(id, sequence.capacity);
         self.send(StageMessage::Close { id });
         Some(sequence)
@@ -387,7 +402,7 @@ impl Scheduler {
             reason,
             text: sequence.held_text(),
             time_to_first_token: sequence.first_token.unwrap_or_default(),
-            total_time: sequence.submitted.elapsed(),
+            total_time: sequence.request.submitted.elapsed(),
         };
         let _ = sequence.request.events.send(Ok(GenerationEvent::Finished(finish)));
     }
@@ -410,7 +425,7 @@ impl Sequence {
         }
         let sampled = self.sampler.sample(logits)?;
         self.tokens.push(sampled.token);
-        self.first_token.get_or_insert_with(|| self.submitted.elapsed());
+        self.first_token.get_or_insert_with(|| self.request.submitted.elapsed());
         let is_eos = !options.ignore_eos && limits.eos_token_ids.contains(&sampled.token);
         let mut stopped = is_eos || options.stop_tokens.contains(&sampled.token);
         let mut text = String::new();

@@ -1,5 +1,4 @@
-//! What happens inside, told as plain events to whoever listens. Without a listener nothing is built and no clock is
-//! read: every place that reports asks [`Probe::is_on`] first.
+//! What happens inside, told as plain events to whoever listens. Without a listener no event is built.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -164,17 +164,22 @@ impl<T: Block> Matrix<T> {
             split(out, self.k, |start, part| self.dot_range(&inputs[0], start, part));
             return;
         }
-        // Threads share out the rows, so the products are made row by row and turned over afterwards.
+        // Threads share out the rows, four at a time, so the products are made row by row and turned over afterwards.
         let mut turned = vec![0f32; self.n * m]; // (n, m)
-        let work = |(row, products): (usize, &mut [f32])| {
-            for (product, input) in products.iter_mut().zip(&inputs) {
-                *product = T::dot(self.k, self.row(row), input);
+        let work = |(quad, products): (usize, &mut [f32])| {
+            let mut four = [0f32; 4];
+            for (i, input) in inputs.iter().enumerate() {
+                let rows = products.len() / m;
+                self.dot_range(input, quad * 4, &mut four[..rows]);
+                for (row, product) in four[..rows].iter().enumerate() {
+                    products[row * m + i] = *product;
+                }
             }
         };
         if self.n * self.k * m < PARALLEL_FROM {
-            turned.chunks_exact_mut(m).enumerate().for_each(work);
+            turned.chunks_mut(4 * m).enumerate().for_each(work);
         } else {
-            turned.par_chunks_exact_mut(m).with_min_len(16).enumerate().for_each(work);
+            turned.par_chunks_mut(4 * m).with_min_len(4).enumerate().for_each(work);
         }
         for (row, products) in turned.chunks_exact(m).enumerate() {
             for (i, product) in products.iter().enumerate() {

@@ -12,7 +12,7 @@ use super::kv_cache::SequenceKv;
 use super::linear::{Linear, Loader, Matrix};
 use super::mask::MaskCache;
 use super::rope::RopeCache;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::weights::{WeightSource, WeightType};
 
 /// A run of consecutive positions of one sequence within a forward pass.
@@ -117,6 +117,12 @@ pub enum Input<'a> {
     Activations(Tensor),
 }
 
+/// Attention scores of one sequence are held for as many rows at a time as fit this: about a core's caches.
+const CPU_SCORE_BYTES: usize = 8 << 20;
+
+/// The same on a GPU, where fewer and larger products are faster.
+const GPU_SCORE_BYTES: usize = 128 << 20;
+
 /// A run of layers on one device.
 pub struct Decoder {
     config: Arc<DecoderConfig>,
@@ -190,10 +196,12 @@ impl Decoder {
                         projection
                     }
                 };
-                Some(Head { norm: loader.vector("norm.weight", hidden, config.norm_offset)?, projection })
+                let norm = loader.vector("norm.weight", hidden, config.norm_offset)?;
+                progress(tensor_bytes(&norm));
+                Some(Head { norm, projection })
             }
         };
-        let rope = |config: &_| RopeCache::new(Clone::clone(config), device.clone(), dtype);
+        let rope = |config: &_| RopeCache::new(Clone::clone(config), device.clone());
         Ok(Decoder {
             rope: rope(&config.rope),
             local_rope: config.local_rope.as_ref().map(rope),
@@ -225,7 +233,7 @@ impl Decoder {
                 scale(x, self.config.embedding_multiplier)?
             }
             (Input::Activations(x), None) => x.to_dtype(self.dtype)?,
-            _ => unreachable!("the first stage, and only it, is given tokens"),
+            _ => return Err(Error::Tensors("only the first stage is given tokens, and nothing else".into())),
         }; // (rows, hidden_size)
         for index in 0..self.layers.len() {
             x = self.layer(index, x, sequences)?;
@@ -281,17 +289,25 @@ impl Decoder {
                 k = rope.rotate(&k.unsqueeze(0)?, rows.position, rows.length)?.squeeze(0)?;
             }
             rows.kv.append(index, rows.position, &k, &v)?;
-            let end = rows.position + rows.len;
-            // Positions that no row's window reaches are not read at all.
             let window = layer.config.sliding_window;
-            let from = window.map_or(0, |window| (rows.position + 1).saturating_sub(window));
-            let (keys, values) = rows.kv.view(index, from, end)?;
-            let mask = match rows.len {
-                1 => None,
-                len => Some(self.masks.get(len, end - from, window)?),
-            };
-            let (scale, cap) = (config.attention_scale, config.attn_logit_softcapping);
-            mixed.push(attend(&q, &keys, &values, mask.as_ref(), scale, cap)?); // (len, heads * head_dim)
+            // A long prompt's scores would fill the memory, so its rows are taken in blocks.
+            let score_row = config.num_attention_heads * (rows.position + rows.len) * self.dtype.size_in_bytes();
+            let most = if self.device.is_cpu() { CPU_SCORE_BYTES } else { GPU_SCORE_BYTES };
+            let block = (most / score_row).clamp(1, rows.len);
+            for first in (0..rows.len).step_by(block) {
+                let len = block.min(rows.len - first);
+                let position = rows.position + first;
+                // Positions that no row's window reaches, and those after the block, are not read at all.
+                let from = window.map_or(0, |window| (position + 1).saturating_sub(window));
+                let (keys, values) = rows.kv.view(index, from, position + len)?;
+                let mask = match len {
+                    1 => None,
+                    len => Some(self.masks.get(len, position + len - from, window)?),
+                };
+                let q = if len == rows.len { q.clone() } else { q.narrow(1, first, len)?.contiguous()? };
+                let (scale, cap) = (config.attention_scale, config.attn_logit_softcapping);
+                mixed.push(attend(&q, &keys, &values, mask.as_ref(), scale, cap)?); // (len, heads * head_dim)
+            }
         }
         let mixed = if mixed.len() == 1 { mixed.remove(0) } else { Tensor::cat(&mixed, 0)? };
         let attended = norm(&layer.o_proj.forward(&mixed)?, &layer.attn_post_norm)?;
@@ -374,7 +390,10 @@ impl Layer {
     fn bytes(&self) -> u64 {
         let linears =
             [&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj, &self.gate_proj, &self.up_proj, &self.down_proj];
-        linears.iter().map(|linear| linear.bytes()).sum()
+        let norms =
+            [&self.attn_norm, &self.attn_post_norm, &self.mlp_norm, &self.mlp_post_norm, &self.q_norm, &self.k_norm];
+        let norms = norms.into_iter().flatten().map(tensor_bytes);
+        linears.iter().map(|linear| linear.bytes()).chain(norms).sum()
     }
 }
 
@@ -393,6 +412,10 @@ pub fn activation_dtype(source: &dyn WeightSource, device: &Device, dense_type: 
         (true, WeightType::BF16) => DType::BF16,
         _ => DType::F32,
     })
+}
+
+fn tensor_bytes(tensor: &Tensor) -> u64 {
+    (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64
 }
 
 /// `x * factor`, without the pass over x that a factor of 1 would cost.

@@ -4,7 +4,9 @@
 //! The defaults are those of Hugging Face transformers for fields that a `config.json` leaves out, since a file may
 //! leave out exactly what its authors left at the default.
 
-use crate::error::{Error, Result};
+use std::path::Path;
+
+use crate::error::{Error, Result, shorten};
 use crate::weights::safetensors::HfNames;
 
 use super::config::{Activation, QkNorm};
@@ -312,23 +314,23 @@ pub const FAMILIES: &[Family] = &[
     },
 ];
 
-/// The family of a `model_type` of config.json.
-pub fn by_model_type(model_type: &str) -> Result<&'static Family> {
-    find(model_type, |family| family.model_types)
+/// The family of a `model_type` of the config.json at `path`.
+pub fn by_model_type(model_type: &str, path: &Path) -> Result<&'static Family> {
+    find(model_type, &format!("`model_type` in {}", path.display()), |family| family.model_types)
 }
 
-/// The family of a `general.architecture` of GGUF.
-pub fn by_gguf_architecture(architecture: &str) -> Result<&'static Family> {
-    find(architecture, |family| family.gguf)
+/// The family of a `general.architecture` of the GGUF file at `path`.
+pub fn by_gguf_architecture(architecture: &str, path: &Path) -> Result<&'static Family> {
+    find(architecture, &format!("`general.architecture` in {}", path.display()), |family| family.gguf)
 }
 
-fn find(value: &str, keys: fn(&Family) -> &'static [&'static str]) -> Result<&'static Family> {
+fn find(value: &str, place: &str, keys: fn(&Family) -> &'static [&'static str]) -> Result<&'static Family> {
     FAMILIES.iter().find(|family| keys(family).contains(&value)).ok_or_else(|| {
         let known: Vec<&str> = FAMILIES.iter().flat_map(keys).copied().collect();
         Error::Unsupported {
             what: "architecture",
-            value: value.to_string(),
-            hint: format!("supported are {}", known.join(", ")),
+            value: shorten(value),
+            hint: format!("{place}; supported are {}", known.join(", ")),
         }
     })
 }

@@ -77,9 +77,15 @@ impl Loader<'_> {
         let bytes = &stored.bytes[start * row_bytes..(start + n) * row_bytes];
         let matrix = match self.dense_type {
             Some(wanted) if dtype.is_dense() && wanted != dtype => {
-                let part = StoredTensor { meta: stored.meta.clone(), bytes };
-                let wide = widen(&part).ok_or_else(|| self.wrong(name, "its bytes do not match its shape".into()))?;
-                self.upload(name, wanted, &narrow(&wide, wanted), n, k)?
+                // A few rows at a time, so that the f32 values are never all in memory.
+                let mut converted = Vec::with_capacity(wanted.bytes_for(n * k).unwrap_or(0));
+                for bytes in bytes.chunks(row_bytes * 256) {
+                    let part = StoredTensor { meta: stored.meta.clone(), bytes };
+                    let wide =
+                        widen(&part).ok_or_else(|| self.wrong(name, "its bytes do not match its shape".into()))?;
+                    converted.extend(narrow(&wide, wanted));
+                }
+                self.upload(name, wanted, &converted, n, k)?
             }
             _ => self.upload(name, dtype, bytes, n, k)?,
         };
@@ -114,7 +120,7 @@ impl Loader<'_> {
     }
 
     fn wrong(&self, name: &str, reason: String) -> Error {
-        Error::Tensor { path: self.source.path_of(name).into(), tensor: name.into(), reason }
+        Error::Tensor { path: self.source.path_of(name).into(), tensor: self.source.stored_name(name), reason }
     }
 }
 

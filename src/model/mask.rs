@@ -6,8 +6,8 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::error::Result;
 
-/// Masks kept. Chunks of one prompt ask for each of theirs once a layer; a few sequences side by side stay within it.
-const MASKS: usize = 8;
+/// Masks kept: those of one chunk's blocks, which every layer asks for again, with and without a window.
+const MASKS: usize = 16;
 
 /// What a mask depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,7 +17,7 @@ struct Key {
     window: Option<usize>,
 }
 
-/// The masks used last, at most eight of them.
+/// The masks used last, a bounded number of them.
 pub struct MaskCache {
     device: Device,
     dtype: DType,

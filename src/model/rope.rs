@@ -15,7 +15,6 @@ const FIRST_POSITIONS: usize = 512;
 pub struct RopeCache {
     config: RopeConfig,
     device: Device,
-    dtype: DType,
     short: Option<Table>,
     long: Option<Table>,
 }
@@ -27,9 +26,9 @@ struct Table {
 }
 
 impl RopeCache {
-    /// An empty cache for tensors of `dtype` on `device`.
-    pub fn new(config: RopeConfig, device: Device, dtype: DType) -> Self {
-        RopeCache { config, device, dtype, short: None, long: None }
+    /// An empty cache on `device`.
+    pub fn new(config: RopeConfig, device: Device) -> Self {
+        RopeCache { config, device, short: None, long: None }
     }
 
     /// Rotates `x`: (1, heads, seq, head_dim), whose first row stands at `position` in a sequence that is `length`
@@ -38,9 +37,14 @@ impl RopeCache {
         let seq = x.dim(2)?;
         let (cos, sin) = self.cos_sin(position, seq, length)?;
         let rotary_dim = self.config.rotary_dim;
-        let apply = |x: &Tensor| match self.config.interleaved {
-            true => candle_nn::rotary_emb::rope_i(x, &cos, &sin),
-            false => candle_nn::rotary_emb::rope(x, &cos, &sin),
+        // In f32, whatever the activations' type: half types cannot tell large angles apart.
+        let apply = |x: &Tensor| {
+            let wide = x.to_dtype(DType::F32)?;
+            match self.config.interleaved {
+                true => candle_nn::rotary_emb::rope_i(&wide, &cos, &sin),
+                false => candle_nn::rotary_emb::rope(&wide, &cos, &sin),
+            }?
+            .to_dtype(x.dtype())
         };
         let head_dim = x.dim(3)?;
         if rotary_dim == head_dim {
@@ -90,7 +94,7 @@ impl RopeCache {
             }
         }
         let shape = (positions, frequencies.len());
-        let upload = |values: Vec<f32>| Tensor::from_vec(values, shape, &self.device)?.to_dtype(self.dtype);
+        let upload = |values: Vec<f32>| Tensor::from_vec(values, shape, &self.device);
         Ok(Table { cos: upload(cos)?, sin: upload(sin)?, positions })
     }
 }

@@ -29,6 +29,8 @@ pub struct PipelineOptions {
     pub split: Option<Vec<usize>>,
     /// Positions that a sequence may have, prompt and generated tokens together. `None` takes the model's own limit.
     pub context_length: Option<usize>,
+    /// Positions of KV that all open sequences may take together. `None` takes what the devices have free.
+    pub kv_positions: Option<u64>,
     /// Type that F32, F16 and BF16 weights are held in. `None` leaves them as stored; quantised ones always stay.
     pub dtype: Option<WeightType>,
 }
@@ -93,6 +95,10 @@ impl HeterogeneousPipeline {
         let limit = config.max_position_embeddings;
         let context_length = match options.context_length {
             Some(0) => return Err(Error::option("context_length", "is 0, at least 1 is needed")),
+            Some(length) if length > limit => {
+                let reason = format!("{length} is more than the model's {limit} positions");
+                return Err(Error::option("context_length", reason));
+            }
             Some(length) => length,
             None => limit,
         };
@@ -139,7 +145,7 @@ impl HeterogeneousPipeline {
             Some(counts) => plan::given_split(layers, counts, self.devices.len())?,
             None => {
                 let budgets: Vec<u64> = self.devices.iter().map(share).map(|(bytes, stages)| bytes / stages).collect();
-                let kv = kv_per_token(&self.devices[0])? * self.planned_context as u64;
+                let kv = kv_per_token(&self.devices[0])?.saturating_mul(self.planned_context as u64);
                 plan::split_by_bytes(&weights, kv, &budgets)?
             }
         };
@@ -167,7 +173,9 @@ impl HeterogeneousPipeline {
             // A twentieth stays free for activations and for what else runs on the device.
             let usable = stage.free_bytes - stage.free_bytes / 20;
             let left = usable.saturating_sub(weights);
-            stage.kv_budget = (left as u128 * stage.kv_bytes_per_token as u128 / kv.max(1) as u128) as u64;
+            let most = self.options.kv_positions.map_or(u64::MAX, |n| n.saturating_mul(stage.kv_bytes_per_token));
+            let share = left as u128 * stage.kv_bytes_per_token as u128 / kv.max(1) as u128;
+            stage.kv_budget = most.min(share as u64);
         }
         Ok(stages)
     }
@@ -258,7 +266,7 @@ impl fmt::Display for HeterogeneousPipeline {
             "free"
         )?;
         for (index, stage) in self.stages.iter().enumerate() {
-            let kv = stage.kv_bytes_per_token * context as u64;
+            let kv = stage.kv_bytes_per_token.saturating_mul(context as u64);
             writeln!(
                 f,
                 "{index:<5}  {:<15}  {:<7}  {:>10}  {:>14}  {:>10}  {:>10}",
@@ -266,7 +274,7 @@ impl fmt::Display for HeterogeneousPipeline {
                 format!("{}-{}", stage.layers.start, stage.layers.end - 1),
                 human_bytes(stage.weight_bytes),
                 human_bytes(kv),
-                human_bytes(stage.weight_bytes + kv),
+                human_bytes(stage.weight_bytes.saturating_add(kv)),
                 human_bytes(stage.free_bytes),
             )?;
         }

@@ -51,17 +51,17 @@ pub fn split_by_bytes(weights: &WeightBytes, kv_per_layer: u64, budgets: &[Budge
     }
     let mut before = vec![0u64; layers + 1]; // bytes of the layers before each
     for (layer, bytes) in weights.layers.iter().enumerate() {
-        before[layer + 1] = before[layer] + bytes + kv_per_layer;
+        before[layer + 1] = before[layer].saturating_add(bytes.saturating_add(kv_per_layer));
     }
     let share = |stage: usize, range: Range<usize>| {
-        let mut bytes = before[range.end] - before[range.start];
+        let mut bytes = (before[range.end] - before[range.start]) as f64;
         if range.start == 0 {
-            bytes += weights.embeddings;
+            bytes += weights.embeddings as f64;
         }
         if range.end == layers {
-            bytes += weights.head;
+            bytes += weights.head as f64;
         }
-        bytes as f64 / budgets[stage].max(1) as f64
+        bytes / budgets[stage].max(1) as f64
     };
     let mut best = vec![vec![f64::INFINITY; layers + 1]; stages];
     let mut cut = vec![vec![0; layers + 1]; stages];

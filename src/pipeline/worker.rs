@@ -3,8 +3,8 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, SyncSender};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::Instant;
 
 use candle_core::Tensor;
@@ -32,6 +32,9 @@ pub enum StageMessage {
         batch: MicroBatch,
         /// The previous stage's output.
         input: Option<Tensor>,
+        /// Set when nobody wants the step any more: a stage that has not begun it passes it by. Not part of the
+        /// micro-batch, which is plain data.
+        cancelled: Arc<AtomicBool>,
     },
     /// Free KV.
     Close {
@@ -42,7 +45,7 @@ pub enum StageMessage {
 
 /// What the stages answer.
 pub enum StageReply {
-    /// A step came out of the last stage, with the logits that were asked for.
+    /// A step came out of the last stage, with the logits that were asked for, or was passed by.
     Done {
         /// Number of the step.
         step: u64,
@@ -110,6 +113,8 @@ pub struct Worker {
     pub replies: Box<dyn Fn(StageReply) + Send>,
     /// Published figures.
     pub counters: Arc<StageCounters>,
+    /// Set when the executor is dropped: what is still queued is not computed.
+    pub stopping: Arc<AtomicBool>,
     /// Who listens.
     pub probe: Probe,
 }
@@ -119,6 +124,9 @@ impl Worker {
     pub fn run(self, mut backend: Box<dyn StageBackend>) {
         let mut idle_since = Instant::now();
         while let Ok(message) = self.inbox.recv() {
+            if self.stopping.load(Ordering::Relaxed) {
+                return;
+            }
             let received = Instant::now();
             // The backend is not looked at again after a panic, so what it was in the middle of does not matter.
             let served = catch_unwind(AssertUnwindSafe(|| self.serve(&mut *backend, message, idle_since, received)));
@@ -152,7 +160,10 @@ impl Worker {
                     Next::Scheduler => (self.replies)(StageReply::Closed { id }),
                 }
             }
-            StageMessage::Step { step, batch, input } => {
+            StageMessage::Step { step, cancelled, .. } if cancelled.load(Ordering::Relaxed) => {
+                (self.replies)(StageReply::Done { step, logits: Vec::new() });
+            }
+            StageMessage::Step { step, batch, input, cancelled } => {
                 let rows = batch.tokens.len();
                 let output = backend.forward(&batch, input);
                 let computed = Instant::now();
@@ -160,6 +171,9 @@ impl Worker {
                 let output = match (output, &self.next) {
                     (Ok(StageOutput::Activations(x)), Next::Stage(_, link)) => {
                         link.send(x).map(StageOutput::Activations)
+                    }
+                    (Ok(StageOutput::Activations(_)), Next::Scheduler) => {
+                        Err(Error::Tensors("the last stage returned activations instead of logits".into()))
                     }
                     (output, _) => output,
                 };
@@ -174,7 +188,7 @@ impl Worker {
                 });
                 match output {
                     Ok(StageOutput::Activations(x)) => {
-                        self.pass_on(StageMessage::Step { step, batch, input: Some(x) });
+                        self.pass_on(StageMessage::Step { step, batch, input: Some(x), cancelled });
                     }
                     Ok(StageOutput::Logits(logits)) => (self.replies)(StageReply::Done { step, logits }),
                     Err(error) => (self.replies)(StageReply::StepFailed { step, error: self.failed(error) }),
@@ -214,9 +228,4 @@ pub fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
 /// The sending half of a stage's inbox and the receiving one. Bounded: a stage that falls behind holds up the one before.
 pub fn inbox(stages: usize) -> (SyncSender<StageMessage>, Receiver<StageMessage>) {
     std::sync::mpsc::sync_channel(2 * stages + 2)
-}
-
-/// A plain channel for what a stage reports while it starts.
-pub fn startup_channel<T>() -> (Sender<T>, Receiver<T>) {
-    std::sync::mpsc::channel()
 }

@@ -131,6 +131,11 @@ impl GgufFile {
         self.array(key, "numbers", Scalar::as_f64)
     }
 
+    /// An array of booleans.
+    pub fn get_bool_array(&self, key: &str) -> Result<Option<Vec<bool>>> {
+        self.array(key, "booleans", Scalar::as_bool)
+    }
+
     /// An array of strings.
     pub fn get_str_array(&self, key: &str) -> Result<Option<Vec<&str>>> {
         self.array(key, "UTF-8 strings", Scalar::as_str)
@@ -235,7 +240,7 @@ impl WeightSource for GgufFile {
     fn tensor(&self, name: &str) -> Result<StoredTensor<'_>> {
         let tensor = self.find(name).ok_or_else(|| Error::Tensor {
             path: self.path.clone(),
-            tensor: self.names.to_file(name).unwrap_or_else(|| name.to_string()),
+            tensor: self.stored_name(name),
             reason: "is missing from the file".to_string(),
         })?;
         Ok(StoredTensor { meta: tensor.meta.clone(), bytes: &self.map[tensor.range.clone()] })
@@ -249,6 +254,10 @@ impl WeightSource for GgufFile {
         if let Some(tensor) = self.find(name) {
             release_pages(&self.map, tensor.range.clone());
         }
+    }
+
+    fn stored_name(&self, name: &str) -> String {
+        self.names.to_file(name).unwrap_or_else(|| name.to_string())
     }
 
     fn path_of(&self, _name: &str) -> &Path {

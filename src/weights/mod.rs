@@ -183,6 +183,9 @@ pub trait WeightSource: Send + Sync {
     /// loaded model would be resident twice. Reading the tensor again pages it in again.
     fn release(&self, name: &str);
 
+    /// What the file calls the tensor, or would; for error messages.
+    fn stored_name(&self, name: &str) -> String;
+
     /// The file that holds, or would hold, the tensor; for error messages.
     fn path_of(&self, name: &str) -> &Path;
 }

@@ -123,7 +123,7 @@ impl WeightSource for SafetensorsDir {
     fn tensor(&self, name: &str) -> Result<StoredTensor<'_>> {
         let (file_name, located) = self.find(name).ok_or_else(|| Error::Tensor {
             path: self.listing.clone(),
-            tensor: self.names.to_file(name).unwrap_or_else(|| name.to_string()),
+            tensor: self.stored_name(name),
             reason: "is missing from the model".to_string(),
         })?;
         let meta = self.meta_of(&file_name, located)?;
@@ -138,6 +138,10 @@ impl WeightSource for SafetensorsDir {
         if let Some((_, located)) = self.find(name) {
             release_pages(&self.shards[located.shard].map, located.range.clone());
         }
+    }
+
+    fn stored_name(&self, name: &str) -> String {
+        self.names.to_file(name).unwrap_or_else(|| name.to_string())
     }
 
     fn path_of(&self, name: &str) -> &Path {

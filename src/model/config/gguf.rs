@@ -2,10 +2,10 @@
 //! things it leaves unsaid.
 
 use super::{
-    DecoderConfig, LayerConfig, LayerRope, MAX_LAYERS, RopeConfig, RopeScaling, layer_norms, longrope_attention_factor,
-    with_stretched_context,
+    DecoderConfig, LayerConfig, LayerRope, MAX_LAYERS, MAX_SIZE, RopeConfig, RopeScaling, check_size, layer_norms,
+    longrope_attention_factor, with_stretched_context,
 };
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shorten};
 use crate::model::family::{self, Family, SlidingLayers, Softcap};
 use crate::weights::WeightSource;
 use crate::weights::gguf::GgufFile;
@@ -13,11 +13,44 @@ use crate::weights::gguf::GgufFile;
 impl DecoderConfig {
     /// Reads a GGUF file's metadata.
     pub fn from_gguf(gguf: &GgufFile) -> Result<(DecoderConfig, &'static Family)> {
-        let family = family::by_gguf_architecture(gguf.architecture()?)?;
+        let architecture = gguf.architecture()?;
+        let family = family::by_gguf_architecture(architecture, gguf.path())?;
         let config = from_gguf(gguf, family)?;
-        config.validate(gguf.path())?;
+        config.validate(gguf.path(), &|field| key_of(architecture, field))?;
         Ok((config, family))
     }
+}
+
+/// GGUF's key for what config.json calls `field`.
+fn key_of(architecture: &str, field: &str) -> String {
+    let key = match field {
+        "vocab_size" => return "token_embd.weight".into(),
+        "long_factor" => return "rope_factors_long.weight".into(),
+        "short_factor" => return "rope_factors_short.weight".into(),
+        "factors" => return "rope_freqs.weight".into(),
+        "hidden_size" => "embedding_length",
+        "intermediate_size" => "feed_forward_length",
+        "num_hidden_layers" => "block_count",
+        "num_attention_heads" => "attention.head_count",
+        "num_key_value_heads" => "attention.head_count_kv",
+        "head_dim" => "attention.key_length",
+        "max_position_embeddings" => "context_length",
+        "sliding_window" => "attention.sliding_window",
+        "rms_norm_eps" => "attention.layer_norm_rms_epsilon",
+        "attention_multiplier" => "attention.scale",
+        "embedding_multiplier" => "embedding_scale",
+        "residual_multiplier" => "residual_scale",
+        "logits_scaling" => "logit_scale",
+        "rope_theta" => "rope.freq_base",
+        "partial_rotary_factor" => "rope.dimension_count",
+        "factor" => "rope.scaling.factor",
+        "attention_factor" => "rope.scaling.attn_factor",
+        "original_max_position_embeddings" => "rope.scaling.original_context_length",
+        "beta_fast" => "rope.scaling.yarn_beta_fast",
+        "beta_slow" => "rope.scaling.yarn_beta_slow",
+        same => same,
+    };
+    format!("{architecture}.{key}")
 }
 
 fn from_gguf(gguf: &GgufFile, family: &'static Family) -> Result<DecoderConfig> {
@@ -30,13 +63,10 @@ fn from_gguf(gguf: &GgufFile, family: &'static Family) -> Result<DecoderConfig> 
 
     let hidden_size = needed("embedding_length")?;
     let num_hidden_layers = needed("block_count")?;
-    if num_hidden_layers > MAX_LAYERS {
-        return Err(Error::file(gguf.path(), format!("`{arch}.block_count` is {num_hidden_layers}")));
-    }
+    check_size(gguf.path(), &key("block_count"), num_hidden_layers, MAX_LAYERS)?;
     let num_attention_heads = needed("attention.head_count")?;
-    if num_attention_heads == 0 {
-        return Err(Error::file(gguf.path(), format!("`{arch}.attention.head_count` is 0")));
-    }
+    check_size(gguf.path(), &key("attention.head_count"), num_attention_heads, MAX_SIZE)?;
+    let path = gguf.path().display();
     let head_dim = size("attention.key_length")?.unwrap_or(hidden_size / num_attention_heads);
     if let Some(value_dim) = size("attention.value_length")?
         && value_dim != head_dim
@@ -44,14 +74,14 @@ fn from_gguf(gguf: &GgufFile, family: &'static Family) -> Result<DecoderConfig> 
         return Err(Error::Unsupported {
             what: "GGUF key",
             value: format!("{arch}.attention.value_length = {value_dim}"),
-            hint: format!("values must be as wide as keys ({head_dim})"),
+            hint: format!("in {path}; `{arch}.attention.key_length` is {head_dim}, and values must be as wide as keys"),
         });
     }
-    if size("expert_count")?.is_some_and(|experts| experts > 0) {
+    if let Some(experts) = size("expert_count")?.filter(|&experts| experts > 0) {
         return Err(Error::Unsupported {
             what: "GGUF key",
-            value: format!("{arch}.expert_count"),
-            hint: "mixture-of-experts models are not supported".into(),
+            value: format!("{arch}.expert_count = {experts}"),
+            hint: format!("in {path}; mixture-of-experts models are not supported"),
         });
     }
     let context_length = size("context_length")?.unwrap_or(family.max_position_embeddings);
@@ -73,13 +103,20 @@ fn from_gguf(gguf: &GgufFile, family: &'static Family) -> Result<DecoderConfig> 
     };
 
     let has_rope = |layer: usize| family.no_rope_interval.is_none_or(|n| !(layer + 1).is_multiple_of(n));
-    let pattern = gguf.get_u64("gemma3.attention.sliding_window_pattern").ok().flatten().map(|n| n as usize);
-    let is_sliding = |layer: usize| match family.sliding {
-        SlidingLayers::Never => false,
-        SlidingLayers::All => true,
-        SlidingLayers::AllButEvery(n) => !(layer + 1).is_multiple_of(pattern.unwrap_or(n).max(1)),
+    // One number for every n-th layer, or a flag for each layer.
+    let pattern_key = key("attention.sliding_window_pattern");
+    let flags = gguf.get_bool_array(&pattern_key).ok().flatten();
+    let interval = match &flags {
+        Some(_) => None,
+        None => gguf.get_u64(&pattern_key)?.map(|n| n as usize),
+    };
+    let is_sliding = |layer: usize| match (family.sliding, &flags) {
+        (SlidingLayers::Never, _) => false,
+        (SlidingLayers::All, _) => true,
+        (SlidingLayers::AllButEvery(_), Some(flags)) => flags.get(layer).copied().unwrap_or(false),
+        (SlidingLayers::AllButEvery(n), None) => !(layer + 1).is_multiple_of(interval.unwrap_or(n).max(1)),
         // GGUF has no key for these patterns, and llama.cpp attends to everything.
-        SlidingLayers::FromMaxWindowLayers | SlidingLayers::WithoutRope => false,
+        (SlidingLayers::FromMaxWindowLayers | SlidingLayers::WithoutRope, _) => false,
     };
     let layers = (0..num_hidden_layers)
         .map(|layer| LayerConfig {
@@ -167,7 +204,7 @@ fn rope_scaling_from_gguf(gguf: &GgufFile, arch: &str, context_length: usize) ->
         if stored.meta.dtype != crate::weights::WeightType::F32 {
             return Err(Error::Tensor {
                 path: gguf.path().into(),
-                tensor: name.into(),
+                tensor: gguf.stored_name(name),
                 reason: format!("has type {}, expected F32", stored.meta.dtype),
             });
         }
@@ -206,8 +243,11 @@ fn rope_scaling_from_gguf(gguf: &GgufFile, arch: &str, context_length: usize) ->
         }),
         (Some(kind), factor) => Err(Error::Unsupported {
             what: "RoPE type",
-            value: format!("{kind} (factor {factor:?})"),
-            hint: "supported are none, linear with a factor, yarn with a factor, and longrope with its tensors".into(),
+            value: shorten(kind),
+            hint: format!(
+                "`{arch}.rope.scaling.type` in {}, with factor {factor:?}; supported are none, linear with a factor, yarn with a factor, and longrope with its tensors",
+                gguf.path().display()
+            ),
         }),
     }
 }

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::{
-    Activation, DecoderConfig, LayerConfig, LayerRope, MAX_LAYERS, RopeConfig, RopeScaling, layer_norms,
-    longrope_attention_factor, with_stretched_context,
+    Activation, DecoderConfig, LayerConfig, LayerRope, MAX_LAYERS, MAX_SIZE, RopeConfig, RopeScaling, check_size,
+    layer_norms, longrope_attention_factor, with_stretched_context,
 };
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shorten};
 use crate::model::family::{self, AttentionScale, Family, SlidingLayers, Softcap};
 
 impl DecoderConfig {
@@ -17,20 +17,14 @@ impl DecoderConfig {
     pub fn from_hf_dir(dir: &Path) -> Result<(DecoderConfig, &'static Family)> {
         let root = Json::read(dir.join("config.json"))?;
         let model_type = root.text("model_type")?.ok_or_else(|| root.missing("model_type"))?;
-        let family = family::by_model_type(&model_type)?;
-        // Multimodal wrappers keep the language model's fields in a folder of their own.
-        let json = match root.value.get("text_config") {
-            Some(text) => Json { path: root.path.clone(), value: text.clone() },
+        let family = family::by_model_type(&model_type, &root.path)?;
+        root.refuse_quantised()?;
+        // Multimodal wrappers keep the language model's fields in an object of their own.
+        let json = match root.object("text_config")? {
+            Some(text) => text,
             None => root,
         };
-        if let Some(kind) = json.value.get("quantization_config") {
-            let method = kind.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
-            return Err(Error::Unsupported {
-                what: "quantization_config",
-                value: method.to_string(),
-                hint: "use the unquantised safetensors or a GGUF file of the model".into(),
-            });
-        }
+        json.refuse_quantised()?;
         let mut config = from_json(&json, family, &model_type)?;
         let generation = dir.join("generation_config.json");
         if generation.exists() {
@@ -39,10 +33,13 @@ impl DecoderConfig {
                 config.eos_token_ids = eos;
             }
         }
-        config.validate(&json.path)?;
+        config.validate(&json.path, &str::to_string)?;
         Ok((config, family))
     }
 }
+
+/// Far above every config there is.
+const MAX_BYTES: u64 = 4 << 20;
 
 /// A config.json with typed access; errors name the file and the field.
 struct Json {
@@ -52,6 +49,10 @@ struct Json {
 
 impl Json {
     fn read(path: PathBuf) -> Result<Json> {
+        let bytes = std::fs::metadata(&path).map_err(|e| Error::file(&path, e))?.len();
+        if bytes > MAX_BYTES {
+            return Err(Error::file(&path, format!("has {bytes} bytes, too large for a config")));
+        }
         let text = std::fs::read_to_string(&path).map_err(|e| Error::file(&path, e))?;
         let value = serde_json::from_str(&text).map_err(|e| Error::file(&path, format!("not valid JSON: {e}")))?;
         Ok(Json { path, value })
@@ -62,7 +63,22 @@ impl Json {
     }
 
     fn wrong(&self, field: &str, value: &Value, wanted: &str) -> Error {
-        Error::file(&self.path, format!("field `{field}` is {value}, expected {wanted}"))
+        Error::file(&self.path, format!("field `{field}` is {}, expected {wanted}", shorten(&value.to_string())))
+    }
+
+    fn unsupported(&self, what: &'static str, value: &str, field: &str, supported: &str) -> Error {
+        let hint = format!("`{field}` in {}; supported are {supported}", self.path.display());
+        Error::Unsupported { what, value: shorten(value), hint }
+    }
+
+    fn refuse_quantised(&self) -> Result<()> {
+        let Some(config) = self.get("quantization_config") else { return Ok(()) };
+        let method = config.get("quant_method").and_then(Value::as_str).map_or(config.to_string(), str::to_string);
+        Err(Error::Unsupported {
+            what: "quantization_config",
+            value: shorten(&method),
+            hint: format!("in {}; use the unquantised safetensors or a GGUF file of the model", self.path.display()),
+        })
     }
 
     /// The field's value; absent and null are `None`.
@@ -92,6 +108,11 @@ impl Json {
 
     fn number(&self, field: &str) -> Result<Option<f64>> {
         self.read_as(field, "a number", Value::as_f64)
+    }
+
+    /// A number that makes no sense at or below 0.
+    fn positive(&self, field: &str) -> Result<Option<f64>> {
+        self.read_as(field, "a number above 0", |v| v.as_f64().filter(|&n| n > 0.0))
     }
 
     fn flag(&self, field: &str) -> Result<Option<bool>> {
@@ -131,16 +152,13 @@ fn from_json(json: &Json, family: &'static Family, model_type: &str) -> Result<D
     let hidden_size = needed("hidden_size", |sizes| sizes.hidden_size)?;
     let num_hidden_layers = needed("num_hidden_layers", |sizes| sizes.num_hidden_layers)?;
     let num_attention_heads = needed("num_attention_heads", |sizes| sizes.num_attention_heads)?;
-    if num_hidden_layers > MAX_LAYERS {
-        return Err(Error::file(&json.path, format!("`num_hidden_layers` is {num_hidden_layers}")));
-    }
-    if num_attention_heads == 0 {
-        return Err(Error::file(&json.path, "`num_attention_heads` is 0"));
-    }
+    check_size(&json.path, "num_hidden_layers", num_hidden_layers, MAX_LAYERS)?;
+    check_size(&json.path, "num_attention_heads", num_attention_heads, MAX_SIZE)?;
     let head_dim = json.size("head_dim")?.or(family.head_dim).unwrap_or(hidden_size / num_attention_heads);
     let max_position_embeddings = json.size("max_position_embeddings")?.unwrap_or(family.max_position_embeddings);
     let (rope, local_rope) = ropes_from_json(json, family, head_dim, max_position_embeddings)?;
-    let activation = match json.text("hidden_activation")?.or(json.text("hidden_act")?).as_deref() {
+    let activation_field = if json.get("hidden_activation").is_some() { "hidden_activation" } else { "hidden_act" };
+    let activation = match json.text(activation_field)?.as_deref() {
         None => family.activation,
         Some("silu" | "swish") => Activation::Silu,
         Some("gelu_pytorch_tanh" | "gelu_new" | "gelu_fast") => Activation::GeluTanh,
@@ -148,11 +166,8 @@ fn from_json(json: &Json, family: &'static Family, model_type: &str) -> Result<D
         Some("gelu") if family.activation == Activation::GeluTanh => Activation::GeluTanh,
         Some("gelu") => Activation::Gelu,
         Some(other) => {
-            return Err(Error::Unsupported {
-                what: "activation",
-                value: other.to_string(),
-                hint: "supported are silu, gelu and gelu_pytorch_tanh".into(),
-            });
+            let supported = "silu, gelu and gelu_pytorch_tanh";
+            return Err(json.unsupported("activation", other, activation_field, supported));
         }
     };
     let no_rope_layers: Option<Vec<f32>> = json.numbers("no_rope_layers")?;
@@ -177,21 +192,21 @@ fn from_json(json: &Json, family: &'static Family, model_type: &str) -> Result<D
         .collect();
     let attention_scale = match family.attention_scale {
         AttentionScale::HeadDim => (head_dim as f64).powf(-0.5),
-        AttentionScale::QueryPreAttnScalar => json.number("query_pre_attn_scalar")?.unwrap_or(256.0).powf(-0.5),
-        AttentionScale::AttentionMultiplier => json.number("attention_multiplier")?.unwrap_or(1.0),
+        AttentionScale::QueryPreAttnScalar => json.positive("query_pre_attn_scalar")?.unwrap_or(256.0).powf(-0.5),
+        AttentionScale::AttentionMultiplier => json.positive("attention_multiplier")?.unwrap_or(1.0),
     };
     let softcap = |field: &str, rule: Softcap| -> Result<Option<f64>> {
         match (rule, json.value.get(field)) {
             (Softcap::Ignored, _) => Ok(None),
             (Softcap::Default(default), None) => Ok(default),
-            (Softcap::Default(_), Some(_)) => json.number(field),
+            (Softcap::Default(_), Some(_)) => json.positive(field),
         }
     };
     let multiplier = |field: &str| -> Result<f64> {
         if family.attention_scale != AttentionScale::AttentionMultiplier {
             return Ok(1.0);
         }
-        Ok(json.number(field)?.unwrap_or(1.0))
+        Ok(json.positive(field)?.unwrap_or(1.0))
     };
     // Families with a fixed bias have no such field; one that strayed into their config means nothing.
     let attention_bias = !family.qkv_bias && json.flag("attention_bias")?.unwrap_or(false);
@@ -268,11 +283,10 @@ fn sliding_layers_from_json(
             .map(|kind| match kind.as_str() {
                 Some("sliding_attention") => Ok(true),
                 Some("full_attention") => Ok(false),
-                _ => Err(Error::Unsupported {
-                    what: "layer type",
-                    value: kind.to_string(),
-                    hint: "supported are full_attention and sliding_attention".into(),
-                }),
+                _ => {
+                    let supported = "full_attention and sliding_attention";
+                    Err(json.unsupported("layer type", &kind.to_string(), "layer_types", supported))
+                }
             })
             .collect();
     }
@@ -326,7 +340,14 @@ fn rope_from_json(
 ) -> Result<RopeConfig> {
     let theta = parameters.number("rope_theta")?.unwrap_or(theta);
     let partial = match family.partial_rotary {
-        true => parameters.number("partial_rotary_factor")?.or(json.number("partial_rotary_factor")?).unwrap_or(1.0),
+        true => {
+            let share = |json: &Json| {
+                json.read_as("partial_rotary_factor", "a number above 0 and at most 1", |v| {
+                    v.as_f64().filter(|&share| share > 0.0 && share <= 1.0)
+                })
+            };
+            share(parameters)?.or(share(json)?).unwrap_or(1.0)
+        }
         false => 1.0,
     };
     let rotary_dim = (head_dim as f64 * partial) as usize;
@@ -381,11 +402,8 @@ fn rope_from_json(
             }
         }
         other => {
-            return Err(Error::Unsupported {
-                what: "RoPE type",
-                value: other.to_string(),
-                hint: "supported are default, linear, dynamic, llama3, yarn and longrope".into(),
-            });
+            let supported = "default, linear, dynamic, llama3, yarn and longrope";
+            return Err(parameters.unsupported("RoPE type", other, "rope_type", supported));
         }
     };
     Ok(RopeConfig { theta, rotary_dim, scaling, interleaved: false })

@@ -210,10 +210,13 @@ impl DecoderConfig {
         2 * self.num_key_value_heads * self.head_dim
     }
 
-    fn validate(&self, path: &Path) -> Result<()> {
+    /// Refuses what no model can be. `name` says what the file calls a field of config.json.
+    fn validate(&self, path: &Path, name: &dyn Fn(&str) -> String) -> Result<()> {
         let refuse = |reason: String| Err(Error::file(path, reason));
-        // Far above every model there is; keeps products of two of them within 64 bits.
-        const LIMIT: usize = 1 << 24;
+        let above_zero = |field: &str, value: f64| match value.is_finite() && value > 0.0 {
+            true => Ok(()),
+            false => Err(Error::file(path, format!("`{}` is {value}, expected a finite number above 0", name(field)))),
+        };
         for (field, value) in [
             ("vocab_size", self.vocab_size),
             ("hidden_size", self.hidden_size),
@@ -222,60 +225,150 @@ impl DecoderConfig {
             ("num_key_value_heads", self.num_key_value_heads),
             ("head_dim", self.head_dim),
         ] {
-            if value == 0 || value > LIMIT {
-                return refuse(format!("`{field}` is {value}, which is not in 1..={LIMIT}"));
-            }
+            check_size(path, &name(field), value, MAX_SIZE)?;
         }
-        if self.num_hidden_layers == 0 || self.num_hidden_layers > MAX_LAYERS {
+        check_size(path, &name("num_hidden_layers"), self.num_hidden_layers, MAX_LAYERS)?;
+        let (heads, kv_heads, head_dim) = (self.num_attention_heads, self.num_key_value_heads, self.head_dim);
+        if heads * head_dim > MAX_SIZE {
             return refuse(format!(
-                "`num_hidden_layers` is {}, which is not in 1..={MAX_LAYERS}",
-                self.num_hidden_layers
+                "`{}` ({heads}) times `{}` ({head_dim}) is more than {MAX_SIZE}",
+                name("num_attention_heads"),
+                name("head_dim")
             ));
         }
-        if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
+        if !heads.is_multiple_of(kv_heads) {
             return refuse(format!(
-                "`num_attention_heads` ({}) is not a multiple of `num_key_value_heads` ({})",
-                self.num_attention_heads, self.num_key_value_heads
+                "`{}` ({heads}) is not a multiple of `{}` ({kv_heads})",
+                name("num_attention_heads"),
+                name("num_key_value_heads")
             ));
         }
-        for rope in std::iter::once(&self.rope).chain(&self.local_rope) {
-            let dim = rope.rotary_dim;
-            if dim == 0 || dim > self.head_dim || !dim.is_multiple_of(2) {
-                return refuse(format!("RoPE rotates {dim} of {} elements of a head", self.head_dim));
-            }
-            if !(rope.theta.is_finite() && rope.theta > 0.0) {
-                return refuse(format!("`rope_theta` is {}", rope.theta));
-            }
-            let divisors: &[&Vec<f32>] = match &rope.scaling {
-                RopeScaling::LongRope { short_factor, long_factor, .. } => &[short_factor, long_factor],
-                RopeScaling::Divided { factors } => &[factors],
-                _ => &[],
-            };
-            if let Some(wrong) = divisors.iter().find(|d| d.len() != dim / 2) {
-                let found = wrong.len();
-                return refuse(format!("RoPE scaling lists {found} factors for {} frequencies", dim / 2));
-            }
+        if self.max_position_embeddings == 0 {
+            return refuse(format!("`{}` is 0, expected at least 1", name("max_position_embeddings")));
+        }
+        if self.layers.iter().any(|layer| layer.sliding_window == Some(0)) {
+            return refuse(format!("`{}` is 0; leave it out or write null for none", name("sliding_window")));
         }
         for (field, value) in [
             ("rms_norm_eps", self.rms_norm_eps),
-            ("attention scale", self.attention_scale),
+            ("attention_multiplier", self.attention_scale),
             ("embedding_multiplier", self.embedding_multiplier),
             ("residual_multiplier", self.residual_multiplier),
             ("logits_scaling", self.logits_scaling),
+            ("attn_logit_softcapping", self.attn_logit_softcapping.unwrap_or(1.0)),
+            ("final_logit_softcapping", self.final_logit_softcapping.unwrap_or(1.0)),
         ] {
-            if !(value.is_finite() && value > 0.0) {
-                return refuse(format!("`{field}` is {value}, which is not a finite number above 0"));
-            }
+            above_zero(field, value)?;
         }
-        if self.layers.iter().any(|layer| layer.sliding_window == Some(0)) {
-            return refuse("`sliding_window` is 0".into());
+        for rope in std::iter::once(&self.rope).chain(&self.local_rope) {
+            let dim = rope.rotary_dim;
+            if dim == 0 || dim > head_dim || !dim.is_multiple_of(2) {
+                let field = if dim == head_dim { "head_dim" } else { "partial_rotary_factor" };
+                return refuse(format!(
+                    "`{}`: RoPE would rotate {dim} of the {head_dim} elements of a head, expected an even number of them",
+                    name(field)
+                ));
+            }
+            above_zero("rope_theta", rope.theta)?;
+            rope.scaling.validate(path, name, dim, &above_zero)?;
         }
         Ok(())
     }
 }
 
+impl RopeScaling {
+    fn validate(
+        &self,
+        path: &Path,
+        name: &dyn Fn(&str) -> String,
+        rotary_dim: usize,
+        above_zero: &dyn Fn(&str, f64) -> Result<()>,
+    ) -> Result<()> {
+        let trained = |field: &str, length: usize| match length {
+            0 | MAX_POSITIONS.. => Err(Error::file(
+                path,
+                format!("`{}` is {length}, expected at least 1 and less than {MAX_POSITIONS}", name(field)),
+            )),
+            _ => Ok(()),
+        };
+        let original = "original_max_position_embeddings";
+        let divisors = |field: &str, divisors: &[f32]| {
+            let reason = match divisors.iter().find(|&&divisor| !(divisor.is_finite() && divisor > 0.0)) {
+                _ if divisors.len() != rotary_dim / 2 => {
+                    format!("lists {} factors for {} frequencies", divisors.len(), rotary_dim / 2)
+                }
+                Some(wrong) => format!("holds {wrong}, expected finite numbers above 0"),
+                None => return Ok(()),
+            };
+            Err(Error::file(path, format!("`{}` {reason}", name(field))))
+        };
+        match self {
+            RopeScaling::Default => Ok(()),
+            RopeScaling::Linear { factor } => above_zero("factor", *factor),
+            RopeScaling::Dynamic { factor, original_max_position_embeddings } => {
+                // The dimension's exponent is dim / (dim - 2).
+                if rotary_dim <= 2 {
+                    let field = name("head_dim");
+                    return Err(Error::file(
+                        path,
+                        format!("`{field}`: dynamic RoPE needs more than 2 rotated elements"),
+                    ));
+                }
+                trained("max_position_embeddings", *original_max_position_embeddings)?;
+                above_zero("factor", *factor)
+            }
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+                above_zero("factor", *factor)?;
+                above_zero("low_freq_factor", *low_freq_factor)?;
+                above_zero("high_freq_factor", *high_freq_factor)?;
+                if high_freq_factor <= low_freq_factor {
+                    let reason = format!(
+                        "`high_freq_factor` is {high_freq_factor}, expected a number above `low_freq_factor` ({low_freq_factor})"
+                    );
+                    return Err(Error::file(path, reason));
+                }
+                trained(original, *original_max_position_embeddings)
+            }
+            RopeScaling::Yarn {
+                factor,
+                original_max_position_embeddings,
+                attention_factor,
+                beta_fast,
+                beta_slow,
+                truncate: _,
+            } => {
+                trained(original, *original_max_position_embeddings)?;
+                above_zero("factor", *factor)?;
+                above_zero("attention_factor", *attention_factor)?;
+                above_zero("beta_fast", *beta_fast)?;
+                above_zero("beta_slow", *beta_slow)
+            }
+            RopeScaling::LongRope { short_factor, long_factor, original_max_position_embeddings, attention_factor } => {
+                trained(original, *original_max_position_embeddings)?;
+                divisors("short_factor", short_factor)?;
+                divisors("long_factor", long_factor)?;
+                above_zero("attention_factor", *attention_factor)
+            }
+            RopeScaling::Divided { factors } => divisors("factors", factors),
+        }
+    }
+}
+
 /// More layers than any model has; a larger number in a file is a damaged file.
 const MAX_LAYERS: usize = 4096;
+
+/// Far above every model's sizes; keeps products of two of them, and bytes of KV, within 64 bits.
+const MAX_SIZE: usize = 1 << 24;
+
+/// Far above every trained length.
+const MAX_POSITIONS: usize = 1 << 40;
+
+fn check_size(path: &Path, name: &str, value: usize, limit: usize) -> Result<()> {
+    match value >= 1 && value <= limit {
+        true => Ok(()),
+        false => Err(Error::file(path, format!("`{name}` is {value}, which is not in 1..={limit}"))),
+    }
+}
 
 fn layer_norms(family: &Family) -> LayerNorms {
     LayerNorms {
