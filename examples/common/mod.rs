@@ -102,7 +102,12 @@ impl Flags {
     pub async fn load_with(&self, options: ExecutorOptions) -> Result<HeterogeneousPipelineExecutor> {
         let devices = DeviceSpec::parse_list(&self.devices)?;
         let dtype = self.dtype.as_deref().map(parse_dtype).transpose()?;
-        let plan = PipelineOptions { split: self.split.clone(), context_length: self.context_length, dtype };
+        let plan = PipelineOptions {
+            split: self.split.clone(),
+            context_length: self.context_length,
+            dtype,
+            ..PipelineOptions::default()
+        };
         let model = self.model.clone();
         // Planning reads files and may download, which must not hold up the runtime.
         let pipeline =
