@@ -1,6 +1,7 @@
 //! Hugging Face's config.json, read field by field: families spell and default the same things in their own ways, so what
 //! is absent comes from the family and what is wrong is named.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -20,12 +21,16 @@ impl DecoderConfig {
         let family = family::by_model_type(&model_type, &root.path)?;
         root.refuse_quantised()?;
         // Multimodal wrappers keep the language model's fields in an object of their own.
-        let json = match root.object("text_config")? {
-            Some(text) => text,
-            None => root,
+        let wrapper_tied = root.flag("tie_word_embeddings")?;
+        let (json, is_wrapped) = match root.object("text_config")? {
+            Some(text) => (text, true),
+            None => (root, false),
         };
         json.refuse_quantised()?;
         let mut config = from_json(&json, family, &model_type)?;
+        if is_wrapped {
+            config.tie_word_embeddings = wrapper_tied.unwrap_or(family.tied);
+        }
         let generation = dir.join("generation_config.json");
         if generation.exists() {
             let eos = Json::read(generation)?.token_ids("eos_token_id")?;
@@ -49,11 +54,13 @@ struct Json {
 
 impl Json {
     fn read(path: PathBuf) -> Result<Json> {
-        let bytes = std::fs::metadata(&path).map_err(|e| Error::file(&path, e))?.len();
-        if bytes > MAX_BYTES {
-            return Err(Error::file(&path, format!("has {bytes} bytes, too large for a config")));
+        let mut text = String::new();
+        let file = std::fs::File::open(&path).map_err(|e| Error::file(&path, e))?;
+        // One byte more than allowed, whatever the file system says of the size: a device has none.
+        file.take(MAX_BYTES + 1).read_to_string(&mut text).map_err(|e| Error::file(&path, e))?;
+        if text.len() as u64 > MAX_BYTES {
+            return Err(Error::file(&path, format!("is too large for a config, more than {MAX_BYTES} bytes")));
         }
-        let text = std::fs::read_to_string(&path).map_err(|e| Error::file(&path, e))?;
         let value = serde_json::from_str(&text).map_err(|e| Error::file(&path, format!("not valid JSON: {e}")))?;
         Ok(Json { path, value })
     }
