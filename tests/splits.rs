@@ -107,6 +107,7 @@ fn rows_of_several_sequences_in_one_micro_batch_are_those_of_each_alone() {
         pipeline.config().clone(),
         0..8,
         pipeline.devices()[0].clone(),
+        pipeline.ropes()[0].clone(),
         None,
         &|_| {},
     )
@@ -135,6 +136,14 @@ fn rows_of_several_sequences_in_one_micro_batch_are_those_of_each_alone() {
     let alone = [run(&[slice(0, 3, 1)], &[7]), run(&[slice(1, 5, 1)], &[8])].concat();
     let together = run(&[slice(2, 3, 1), slice(3, 5, 1)], &[7, 8]);
     assert!(alone == together, "decode");
+}
+
+#[test]
+fn stages_on_one_device_share_its_rotary_tables() {
+    let devices = DeviceSpec::parse_list("cpu,cpu@threads=1,cpu").unwrap();
+    let pipeline = HeterogeneousPipeline::new(&devices, DEMO_MODEL).unwrap();
+    let ropes = pipeline.ropes();
+    assert!(std::sync::Arc::ptr_eq(&ropes[0], &ropes[1]) && std::sync::Arc::ptr_eq(&ropes[0], &ropes[2]));
 }
 
 #[tokio::test]

@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::model::config::DecoderConfig;
 use crate::model::decoder::{Decoder, Input, Output, Rows};
 use crate::model::kv_cache::SequenceKv;
+use crate::model::rope::Ropes;
 use crate::weights::{WeightSource, WeightType};
 
 /// A run of decoder layers and the keys and values of the sequences that are open in it.
@@ -23,12 +24,13 @@ pub struct CandleBackend {
 }
 
 impl CandleBackend {
-    /// Loads the layers `range` to the device, tensor by tensor; `progress` hears of bytes as they arrive.
+    /// Loads the layers `range` to the device, whose rotary tables are `ropes`, tensor by tensor; `progress` hears of bytes as they arrive.
     pub fn load(
         source: &dyn WeightSource,
         config: Arc<DecoderConfig>,
         range: Range<usize>,
         device: OpenDevice,
+        ropes: Arc<Ropes>,
         dense_type: Option<WeightType>,
         progress: &dyn Fn(u64),
     ) -> Result<Self> {
@@ -37,7 +39,7 @@ impl CandleBackend {
             loaded.set(loaded.get() + bytes);
             progress(bytes);
         };
-        let decoder = Decoder::load(source, config, range, &device.device, dense_type, &count)?;
+        let decoder = Decoder::load(source, config, range, &device.device, ropes, dense_type, &count)?;
         Ok(CandleBackend { decoder, device, weights: loaded.get(), sequences: HashMap::new() })
     }
 

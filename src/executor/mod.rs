@@ -586,6 +586,7 @@ impl LoadStage {
             self.pipeline.config().clone(),
             plan.layers.clone(),
             self.pipeline.devices()[self.stage].clone(),
+            self.pipeline.ropes()[self.stage].clone(),
             self.pipeline.options().dtype,
             &progress,
         )?);

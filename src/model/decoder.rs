@@ -11,7 +11,7 @@ use super::config::{Activation, DecoderConfig, LayerConfig, LayerRope, QkNorm};
 use super::kv_cache::SequenceKv;
 use super::linear::{Linear, Loader, Matrix};
 use super::mask::MaskCache;
-use super::rope::RopeCache;
+use super::rope::Ropes;
 use crate::error::{Error, Result};
 use crate::weights::{WeightSource, WeightType};
 
@@ -131,8 +131,7 @@ pub struct Decoder {
     embeddings: Option<Arc<Matrix>>,
     layers: Vec<Layer>,
     head: Option<Head>,
-    rope: RopeCache,
-    local_rope: Option<RopeCache>,
+    ropes: Arc<Ropes>,
     masks: MaskCache,
 }
 
@@ -159,12 +158,13 @@ struct Layer {
 }
 
 impl Decoder {
-    /// Loads the layers `range` to `device`. `progress` hears of each part's bytes when it is in place.
+    /// Loads the layers `range` to `device`, whose rotary tables are `ropes`. `progress` hears of each part's bytes when it is in place.
     pub fn load(
         source: &dyn WeightSource,
         config: Arc<DecoderConfig>,
         range: Range<usize>,
         device: &Device,
+        ropes: Arc<Ropes>,
         dense_type: Option<WeightType>,
         progress: &dyn Fn(u64),
     ) -> Result<Decoder> {
@@ -201,10 +201,8 @@ impl Decoder {
                 Some(Head { norm, projection })
             }
         };
-        let rope = |config: &_| RopeCache::new(Clone::clone(config), device.clone());
         Ok(Decoder {
-            rope: rope(&config.rope),
-            local_rope: config.local_rope.as_ref().map(rope),
+            ropes,
             masks: MaskCache::new(device.clone(), dtype),
             embeddings: embeddings.filter(|_| first),
             device: device.clone(),
@@ -281,8 +279,8 @@ impl Decoder {
             start += rows.len;
             let rope = match layer.config.rope {
                 LayerRope::None => None,
-                LayerRope::Global => Some(&mut self.rope),
-                LayerRope::Local => self.local_rope.as_mut(),
+                LayerRope::Global => Some(&self.ropes.global),
+                LayerRope::Local => self.ropes.local.as_ref(),
             };
             if let Some(rope) = rope {
                 q = rope.rotate(&q.unsqueeze(0)?, rows.position, rows.length)?.squeeze(0)?;

@@ -1,39 +1,58 @@
 //! Rotary position embeddings (RoFormer, arXiv 2104.09864) with the long-context scalings of Hugging Face transformers.
-//! Cos and sin are computed once in f32, shared by all layers of a stage, and grown by doubling up to the context.
+//! Cos and sin are computed once a device, in f32, and shared by all layers of all stages on it.
 
 use std::f64::consts::PI;
+use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Tensor};
 
-use super::config::{RopeConfig, RopeScaling};
+use super::config::{DecoderConfig, RopeConfig, RopeScaling};
 use crate::error::Result;
 
-/// Positions in the first table; it doubles when a sequence grows past it.
+/// Positions in the smallest table; each further one has twice as many.
 const FIRST_POSITIONS: usize = 512;
 
-/// Cos and sin for one device.
+/// Tables of doubling length, enough for every position that KV could be held for.
+const TABLES: usize = 32;
+
+/// The rotary embeddings of a model on one device.
+pub struct Ropes {
+    /// Of most layers.
+    pub global: RopeCache,
+    /// Of the layers with [`LayerRope::Local`](super::config::LayerRope::Local).
+    pub local: Option<RopeCache>,
+}
+
+impl Ropes {
+    /// Empty tables for `device`; they fill as positions are asked for.
+    pub fn new(config: &DecoderConfig, device: &Device) -> Self {
+        let cache = |rope: &RopeConfig| RopeCache::new(rope.clone(), device.clone());
+        Ropes { global: cache(&config.rope), local: config.local_rope.as_ref().map(cache) }
+    }
+}
+
+/// Cos and sin for one device. A table is written once and never changes, so stages share them without a lock.
 pub struct RopeCache {
     config: RopeConfig,
     device: Device,
-    short: Option<Table>,
-    long: Option<Table>,
+    short: [OnceLock<Table>; TABLES],
+    long: [OnceLock<Table>; TABLES],
 }
 
 struct Table {
     cos: Tensor, // (positions, rotary_dim / 2)
     sin: Tensor, // (positions, rotary_dim / 2)
-    positions: usize,
 }
 
 impl RopeCache {
     /// An empty cache on `device`.
     pub fn new(config: RopeConfig, device: Device) -> Self {
-        RopeCache { config, device, short: None, long: None }
+        RopeCache { config, device, short: Default::default(), long: Default::default() }
     }
 
     /// Rotates `x`: (1, heads, seq, head_dim), whose first row stands at `position` in a sequence that is `length`
     /// long as far as it is known (the scalings that depend on the length ask for it).
-    pub fn rotate(&mut self, x: &Tensor, position: usize, length: usize) -> Result<Tensor> {
+    pub fn rotate(&self, x: &Tensor, position: usize, length: usize) -> Result<Tensor> {
         let seq = x.dim(2)?;
         let (cos, sin) = self.cos_sin(position, seq, length)?;
         let rotary_dim = self.config.rotary_dim;
@@ -56,7 +75,7 @@ impl RopeCache {
     }
 
     /// Cos and sin of `seq` positions from `position` on: (seq, rotary_dim / 2) each.
-    fn cos_sin(&mut self, position: usize, seq: usize, length: usize) -> Result<(Tensor, Tensor)> {
+    fn cos_sin(&self, position: usize, seq: usize, length: usize) -> Result<(Tensor, Tensor)> {
         let long = match &self.config.scaling {
             RopeScaling::LongRope { original_max_position_embeddings, .. } => {
                 length > *original_max_position_embeddings
@@ -70,16 +89,19 @@ impl RopeCache {
             }
             _ => false,
         };
-        let end = position + seq;
-        let held = if long { &self.long } else { &self.short };
-        if held.as_ref().is_none_or(|table| table.positions < end) {
-            let grown = self.table(0, end.next_power_of_two().max(FIRST_POSITIONS), length)?;
-            *(if long { &mut self.long } else { &mut self.short }) = Some(grown);
-        }
-        match if long { &self.long } else { &self.short } {
-            Some(table) => Ok((table.cos.narrow(0, position, seq)?, table.sin.narrow(0, position, seq)?)),
-            None => unreachable!("the table was made above"),
-        }
+        // The smallest table that reaches the last position.
+        let blocks = (position + seq).div_ceil(FIRST_POSITIONS).next_power_of_two();
+        let level = blocks.trailing_zeros() as usize;
+        let slot = if long { &self.long[level] } else { &self.short[level] };
+        let table = match slot.get() {
+            Some(table) => table,
+            None => {
+                let made = self.table(0, FIRST_POSITIONS << level, length)?;
+                // Another stage may have been faster; its values are the same.
+                slot.get_or_init(|| made)
+            }
+        };
+        Ok((table.cos.narrow(0, position, seq)?, table.sin.narrow(0, position, seq)?))
     }
 
     fn table(&self, position: usize, positions: usize, length: usize) -> Result<Table> {
@@ -95,7 +117,7 @@ impl RopeCache {
         }
         let shape = (positions, frequencies.len());
         let upload = |values: Vec<f32>| Tensor::from_vec(values, shape, &self.device);
-        Ok(Table { cos: upload(cos)?, sin: upload(sin)?, positions })
+        Ok(Table { cos: upload(cos)?, sin: upload(sin)? })
     }
 }
 
@@ -171,4 +193,31 @@ pub fn inverse_frequencies(config: &RopeConfig, length: usize) -> (Vec<f32>, f32
 
 fn divide(frequencies: &[f32], divisors: &[f32]) -> Vec<f32> {
     frequencies.iter().zip(divisors).map(|(frequency, divisor)| frequency / divisor).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cache(scaling: RopeScaling) -> RopeCache {
+        RopeCache::new(RopeConfig { theta: 10_000.0, rotary_dim: 8, scaling, interleaved: false }, Device::Cpu)
+    }
+
+    #[test]
+    fn tables_of_every_length_hold_the_same_values_and_are_made_once() {
+        let cache = cache(RopeScaling::Default);
+        for (position, seq) in [(0, 1), (511, 1), (510, 3), (1023, 2), (5000, 7)] {
+            let (cos, sin) = cache.cos_sin(position, seq, position + seq).unwrap();
+            assert_eq!(cos.dims(), [seq, 4]);
+            let (cos, sin) = (cos.to_vec2::<f32>().unwrap(), sin.to_vec2::<f32>().unwrap());
+            for (row, (cos, sin)) in cos.iter().zip(&sin).enumerate() {
+                for (i, (cos, sin)) in cos.iter().zip(sin).enumerate() {
+                    let angle = (position + row) as f32 * (1.0 / 10_000f32.powf(2.0 * i as f32 / 8.0));
+                    assert_eq!((*cos, *sin), (angle.cos(), angle.sin()));
+                }
+            }
+        }
+        let made = cache.short.iter().filter(|table| table.get().is_some()).count();
+        assert_eq!(made, 4); // 512, 1024, 2048 and 8192 positions
+    }
 }

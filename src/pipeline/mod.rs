@@ -14,6 +14,7 @@ use crate::device::{DeviceSpec, OpenDevice, free_memory};
 use crate::error::{Error, Result};
 use crate::model::config::DecoderConfig;
 use crate::model::decoder::{WeightBytes, activation_dtype};
+use crate::model::rope::Ropes;
 use crate::weights::gguf::GgufFile;
 use crate::weights::hub::{self, ModelFiles};
 use crate::weights::safetensors::SafetensorsDir;
@@ -68,6 +69,8 @@ pub struct HeterogeneousPipeline {
     config: Arc<DecoderConfig>,
     options: PipelineOptions,
     devices: Vec<OpenDevice>,
+    /// Rotary tables of each stage; stages on one device have the same.
+    ropes: Vec<Arc<Ropes>>,
     stages: Vec<StagePlan>,
     context_length: usize,
     planned_context: usize,
@@ -107,12 +110,21 @@ impl HeterogeneousPipeline {
             Some(length) => length,
             None => limit.min(DEFAULT_PLANNED_CONTEXT),
         };
+        let mut ropes: Vec<Arc<Ropes>> = Vec::with_capacity(devices.len());
+        for (index, device) in devices.iter().enumerate() {
+            let mate = devices[..index].iter().position(|mate| mate.device.same_device(&device.device));
+            ropes.push(match mate {
+                Some(mate) => ropes[mate].clone(),
+                None => Arc::new(Ropes::new(&config, &device.device)),
+            });
+        }
         let mut pipeline = HeterogeneousPipeline {
             model: files,
             source,
             config: Arc::new(config),
             options,
             devices,
+            ropes,
             stages: Vec::new(),
             context_length,
             planned_context,
@@ -213,6 +225,11 @@ impl HeterogeneousPipeline {
     /// The opened device of each stage.
     pub fn devices(&self) -> &[OpenDevice] {
         &self.devices
+    }
+
+    /// The rotary tables of each stage's device.
+    pub fn ropes(&self) -> &[Arc<Ropes>] {
+        &self.ropes
     }
 
     /// The options it was made with.
