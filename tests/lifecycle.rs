@@ -179,7 +179,8 @@ async fn dropping_a_stream_in_prefill_stops_within_a_chunk() {
     assert_memory_returns(&executor).await;
     tokio::time::sleep(Duration::from_millis(100)).await;
     let later = meddling.passes.load(Ordering::SeqCst) - passes;
-    assert!(later <= 2, "{later} passes after the stream was dropped");
+    // One chunk may be on its way into each stage when they hear of it.
+    assert!(later <= 3, "{later} passes after the stream was dropped");
     // The executor goes on.
     meddling.delay_ms.store(0, Ordering::SeqCst);
     assert_eq!(executor.infer(&prompt(3), 4, 0.0, 1.0).await.unwrap().len(), 4);
