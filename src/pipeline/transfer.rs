@@ -5,10 +5,12 @@ use candle_core::{Device, DeviceLocation, Tensor};
 use crate::error::Result;
 
 /// The way between two stages, chosen and checked once when the stages start.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Link {
     target: Device,
     route: Route,
+    #[cfg(feature = "cuda")]
+    staging: std::cell::RefCell<Staging>,
 }
 
 /// A way for activations.
@@ -26,7 +28,12 @@ impl Link {
     /// The link between two devices. A direct one between GPUs is tried with a known pattern, since peer copies have
     /// silently returned zeros on some machines, and given up for the host's memory if that comes out wrong.
     pub fn new(source: &Device, target: &Device) -> Result<Link> {
-        let link = |route| Link { target: target.clone(), route };
+        let link = |route| Link {
+            target: target.clone(),
+            route,
+            #[cfg(feature = "cuda")]
+            staging: Default::default(),
+        };
         if source.same_device(target) {
             return Ok(link(Route::SameDevice));
         }
@@ -59,8 +66,53 @@ impl Link {
         Ok(match self.route {
             Route::SameDevice => activations,
             Route::Direct => activations.force_contiguous()?.to_device(&self.target)?,
-            Route::Host => activations.force_contiguous()?.to_device(&Device::Cpu)?.to_device(&self.target)?,
+            Route::Host => {
+                #[cfg(feature = "cuda")]
+                if let Some(carried) = self.staging.borrow_mut().carry(&activations, &self.target)? {
+                    return Ok(carried);
+                }
+                activations.force_contiguous()?.to_device(&Device::Cpu)?.to_device(&self.target)?
+            }
         })
+    }
+}
+
+/// Host memory between two GPUs, kept from one activation to the next. A copy to or from a CPU stage needs none: it
+/// lands in the activation itself.
+#[cfg(feature = "cuda")]
+#[derive(Debug, Default)]
+struct Staging {
+    f32: Vec<f32>,
+    f16: Vec<half::f16>,
+    bf16: Vec<half::bf16>,
+}
+
+#[cfg(feature = "cuda")]
+impl Staging {
+    /// Brings a CUDA tensor to `target` by way of the staging memory, only the bytes of the view. `None` where it is
+    /// another device's or another type.
+    fn carry(&mut self, x: &Tensor, target: &Device) -> Result<Option<Tensor>> {
+        use candle_core::backend::BackendStorage;
+        use candle_core::{DType, Storage};
+
+        let x = x.contiguous()?;
+        let (storage, layout) = x.storage_and_layout();
+        let Storage::Cuda(cuda) = &*storage else { return Ok(None) };
+        let range = layout.start_offset()..layout.start_offset() + layout.shape().elem_count();
+        macro_rules! carry {
+            ($type:ty, $staging:expr) => {{
+                $staging.resize(range.len(), Default::default());
+                let view = cuda.as_cuda_slice::<$type>()?.slice(range);
+                cuda.device().memcpy_dtoh(&view, $staging)?;
+                Tensor::from_slice($staging, layout.shape(), target)?
+            }};
+        }
+        Ok(Some(match cuda.dtype() {
+            DType::F32 => carry!(f32, &mut self.f32),
+            DType::F16 => carry!(half::f16, &mut self.f16),
+            DType::BF16 => carry!(half::bf16, &mut self.bf16),
+            _ => return Ok(None),
+        }))
     }
 }
 
