@@ -143,11 +143,6 @@ impl OpenDevice {
         }
         Ok(open)
     }
-
-    /// Waits until the device has done all it was given.
-    pub fn synchronize(&self) -> Result<()> {
-        Ok(self.device.synchronize()?)
-    }
 }
 
 /// The devices that can be opened on this machine with the features of this build.

@@ -419,3 +419,30 @@ async fn loading_reports_its_progress() {
     executor_with(DEMO_MODEL, "cpu,cpu", None, options).await.unwrap();
     assert!(complete.load(Ordering::SeqCst), "{} bytes seen", seen.load(Ordering::SeqCst));
 }
+
+/// A collector that panics at the first token.
+struct Panicking;
+
+impl candle_pipeline::instrument::Collector for Panicking {
+    fn event(&self, event: candle_pipeline::instrument::Event) {
+        use candle_pipeline::instrument::Event;
+        assert!(matches!(event, Event::StageStep { .. } | Event::RequestStarted { .. }), "the collector panics");
+    }
+}
+
+#[tokio::test]
+async fn a_panic_of_the_scheduler_reaches_every_caller_by_name() {
+    let probe = candle_pipeline::instrument::Probe::new(Arc::new(Panicking));
+    let options = ExecutorOptions { probe, ..ExecutorOptions::default() };
+    let executor = executor_with(DEMO_MODEL, "cpu,cpu", None, options).await.unwrap();
+    let prompts: Vec<_> = (1..5).map(|i| prompt(i * 30)).collect();
+    let runs = prompts.iter().map(|prompt| executor.infer(prompt, 20, 0.0, 1.0));
+    for outcome in futures::future::join_all(runs).await {
+        let error = outcome.unwrap_err();
+        assert!(
+            matches!(&error, Error::SchedulerPanicked { reason } if reason.contains("collector panics")),
+            "{error:?}"
+        );
+    }
+    assert!(matches!(executor.failure(), Some(Error::SchedulerPanicked { .. })));
+}

@@ -191,12 +191,22 @@ impl Scheduler {
         let served = catch_unwind(AssertUnwindSafe(|| self.serve()));
         let error = match served {
             Ok(()) => self.dead.clone().unwrap_or(Error::Stopped),
-            Err(panic) => Error::SchedulerPanicked { reason: panic_message(&*panic) },
+            Err(panic) => {
+                // A collector that panicked once is not called again, or nobody would hear of it.
+                self.probe = Probe::default();
+                Error::SchedulerPanicked { reason: panic_message(&*panic) }
+            }
         };
         if !matches!(error, Error::Stopped) {
             let _ = self.failed.set(error.clone());
         }
-        self.fail_all(error);
+        self.fail_all(error.clone());
+        // Requests that arrived too late to be heard end as well, with the same cause.
+        for message in self.inbox.try_iter() {
+            if let Message::Submit(request) = message {
+                let _ = request.events.send(Err(error.clone()));
+            }
+        }
     }
 
     fn serve(&mut self) {
