@@ -14,7 +14,10 @@
 
 #![allow(unsafe_code)]
 
+pub mod buffer;
 pub mod dense;
+pub mod pool;
+pub mod simd;
 
 use candle_core::quantized::k_quants::{
     BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4_1, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, BlockQ8_0, GgmlType,

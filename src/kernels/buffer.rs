@@ -1,0 +1,70 @@
+//! Memory for weights, keys and values: zeroed, aligned to a cache line, paged in where it is touched.
+
+use memmap2::MmapMut;
+
+/// Alignment of every buffer: a cache line, and the widest vector.
+pub const ALIGNMENT: usize = 64;
+
+/// Buffers from this size on are mappings of their own, in huge pages where the system gives them.
+const MAPPED_FROM: usize = 1 << 21;
+
+/// Bytes that start at a multiple of [`ALIGNMENT`].
+pub struct Buffer {
+    memory: Memory,
+    len: usize,
+}
+
+enum Memory {
+    Heap { bytes: Vec<u8>, start: usize },
+    Mapped(MmapMut),
+}
+
+impl Buffer {
+    /// `len` zero bytes. Pages that are never touched take no memory.
+    pub fn zeroed(len: usize) -> Buffer {
+        if len >= MAPPED_FROM
+            && let Ok(map) = MmapMut::map_anon(len)
+        {
+            // Fewer misses of the address cache while weights stream by. A system without huge pages says no.
+            #[cfg(target_os = "linux")]
+            let _ = map.advise(memmap2::Advice::HugePage);
+            return Buffer { memory: Memory::Mapped(map), len };
+        }
+        let bytes = vec![0u8; len + ALIGNMENT];
+        let start = bytes.as_ptr().align_offset(ALIGNMENT);
+        Buffer { memory: Memory::Heap { bytes, start }, len }
+    }
+
+    /// The bytes.
+    pub fn as_slice(&self) -> &[u8] {
+        match &self.memory {
+            Memory::Heap { bytes, start } => &bytes[*start..*start + self.len],
+            Memory::Mapped(map) => &map[..self.len],
+        }
+    }
+
+    /// The bytes, to write.
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        match &mut self.memory {
+            Memory::Heap { bytes, start } => &mut bytes[*start..*start + self.len],
+            Memory::Mapped(map) => &mut map[..self.len],
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_of_every_size_are_aligned_zero_and_writable() {
+        for len in [0, 1, 63, 64, 4096, MAPPED_FROM - 1, MAPPED_FROM, MAPPED_FROM + 1] {
+            let mut buffer = Buffer::zeroed(len);
+            assert_eq!(buffer.as_slice().len(), len);
+            assert_eq!(buffer.as_slice().as_ptr().align_offset(ALIGNMENT), 0);
+            assert!(buffer.as_slice().iter().all(|&b| b == 0));
+            buffer.as_mut_slice().fill(7);
+            assert!(buffer.as_slice().iter().all(|&b| b == 7));
+        }
+    }
+}
