@@ -16,6 +16,9 @@
 
 pub mod buffer;
 pub mod dense;
+pub mod formats;
+pub mod input;
+pub mod matrix;
 pub mod pool;
 pub mod simd;
 

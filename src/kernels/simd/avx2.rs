@@ -52,6 +52,7 @@ impl Simd for Avx2 {
     type I = [__m256i; 2];
     type B = [__m256i; 2];
 
+    const REGISTERS: usize = 8;
     const I8_OFFSET: i32 = 0;
 
     #[inline(always)]
@@ -178,6 +179,27 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I {
         unsafe { [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])] }
+    }
+    #[inline(always)]
+    unsafe fn and_i(a: Self::I, mask: i32) -> Self::I {
+        unsafe {
+            let mask = _mm256_set1_epi32(mask);
+            [_mm256_and_si256(a[0], mask), _mm256_and_si256(a[1], mask)]
+        }
+    }
+    #[inline(always)]
+    unsafe fn shl_i<const N: u32>(a: Self::I) -> Self::I {
+        unsafe {
+            let count = _mm_cvtsi32_si128(N as i32);
+            [_mm256_sll_epi32(a[0], count), _mm256_sll_epi32(a[1], count)]
+        }
+    }
+    #[inline(always)]
+    unsafe fn shr_i(a: Self::I, count: usize) -> Self::I {
+        unsafe {
+            let count = _mm_cvtsi32_si128(count as i32);
+            [_mm256_srl_epi32(a[0], count), _mm256_srl_epi32(a[1], count)]
+        }
     }
     #[inline(always)]
     unsafe fn sum_i(a: Self::I) -> i32 {

@@ -38,6 +38,7 @@ impl Simd for Avx512 {
     type I = __m512i;
     type B = __m512i;
 
+    const REGISTERS: usize = 32;
     // The instruction wants one side unsigned: 128 is added to the signed weights.
     const I8_OFFSET: i32 = 128;
 
@@ -130,6 +131,18 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn add_i(a: __m512i, b: __m512i) -> __m512i {
         unsafe { _mm512_add_epi32(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn and_i(a: __m512i, mask: i32) -> __m512i {
+        unsafe { _mm512_and_si512(a, _mm512_set1_epi32(mask)) }
+    }
+    #[inline(always)]
+    unsafe fn shl_i<const N: u32>(a: __m512i) -> __m512i {
+        unsafe { _mm512_slli_epi32::<N>(a) }
+    }
+    #[inline(always)]
+    unsafe fn shr_i(a: __m512i, count: usize) -> __m512i {
+        unsafe { _mm512_srl_epi32(a, _mm_cvtsi32_si128(count as i32)) }
     }
     #[inline(always)]
     unsafe fn sum_i(a: __m512i) -> i32 {

@@ -121,6 +121,9 @@ pub trait Simd: Copy + 'static {
     /// 64 bytes: 16 lanes of 4.
     type B: Copy;
 
+    /// How many vectors of `F` fit the registers.
+    const REGISTERS: usize;
+
     /// `dot_i8` adds this times the sum of x's four bytes to each lane; whoever uses it takes that off.
     const I8_OFFSET: i32;
 
@@ -157,6 +160,10 @@ pub trait Simd: Copy + 'static {
     /// The low byte of each lane.
     unsafe fn store_i8(to: *mut i8, value: Self::I);
     unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn and_i(a: Self::I, mask: i32) -> Self::I;
+    unsafe fn shl_i<const N: u32>(a: Self::I) -> Self::I;
+    /// Zeros come in from the left.
+    unsafe fn shr_i(a: Self::I, count: usize) -> Self::I;
     unsafe fn sum_i(a: Self::I) -> i32;
     unsafe fn to_f32(a: Self::I) -> Self::F;
     /// To nearest, ties to even. The values must be within i32.

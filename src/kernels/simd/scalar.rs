@@ -44,6 +44,7 @@ impl Simd for Scalar {
     type I = [i32; LANES];
     type B = [u8; 64];
 
+    const REGISTERS: usize = 16;
     const I8_OFFSET: i32 = 0;
 
     #[inline(always)]
@@ -136,6 +137,18 @@ impl Simd for Scalar {
         pairs(a, b, i32::wrapping_add)
     }
     #[inline(always)]
+    unsafe fn and_i(a: Self::I, mask: i32) -> Self::I {
+        each(a, |v| v & mask)
+    }
+    #[inline(always)]
+    unsafe fn shl_i<const N: u32>(a: Self::I) -> Self::I {
+        each(a, |v| v << N)
+    }
+    #[inline(always)]
+    unsafe fn shr_i(a: Self::I, count: usize) -> Self::I {
+        each(a, |v| (v as u32 >> count) as i32)
+    }
+    #[inline(always)]
     unsafe fn sum_i(a: Self::I) -> i32 {
         a.into_iter().fold(0, i32::wrapping_add)
     }
@@ -177,10 +190,10 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     unsafe fn dot_u7(acc: Self::I, w: Self::B, x: *const i8) -> Self::I {
-        std::array::from_fn(|i| acc[i] + dot_4(std::array::from_fn(|t| w[4 * i + t] as i32), x))
+        std::array::from_fn(|i| acc[i].wrapping_add(dot_4(std::array::from_fn(|t| w[4 * i + t] as i32), x)))
     }
     #[inline(always)]
     unsafe fn dot_i8(acc: Self::I, w: Self::B, x: *const i8) -> Self::I {
-        std::array::from_fn(|i| acc[i] + dot_4(std::array::from_fn(|t| w[4 * i + t] as i8 as i32), x))
+        std::array::from_fn(|i| acc[i].wrapping_add(dot_4(std::array::from_fn(|t| w[4 * i + t] as i8 as i32), x)))
     }
 }

@@ -1,0 +1,174 @@
+//! The inputs of a matrix product: rows of f32, and the same in 8 bits for quantised matrices. Several matrices that read
+//! the same input (q, k and v; gate and up) share one.
+
+use super::pool::Pool;
+use super::simd::{Isa, Kernel, LANES, Simd};
+
+/// Columns that share a scale.
+pub const BLOCK: usize = 32;
+
+/// Values below which waking other threads costs more than it saves.
+const PARALLEL_FROM: usize = 1 << 15;
+
+/// 32 columns of a row in 8 bits, with what the products need of them: one cache line.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[repr(C, align(64))]
+pub struct InputBlock {
+    /// The values, over `scale`, from -127 to 127.
+    pub values: [i8; BLOCK],
+    /// What one unit is worth.
+    pub scale: f32,
+    /// Sum of the first and of the last 16 values.
+    pub sums: [i32; 2],
+    /// The same times `scale`.
+    pub scaled_sums: [f32; 2],
+}
+
+/// Rows of inputs. Keeps its memory from step to step.
+#[derive(Default)]
+pub struct Input {
+    rows: usize,
+    columns: usize,
+    values: Vec<f32>,        // (rows, columns)
+    blocks: Vec<InputBlock>, // (columns / BLOCK, rows)
+    quantised: bool,
+}
+
+impl Input {
+    /// Makes room for `rows` rows of `columns` values and lends them for writing; what was in them is unspecified.
+    pub fn reset(&mut self, rows: usize, columns: usize) -> &mut [f32] {
+        (self.rows, self.columns, self.quantised) = (rows, columns, false);
+        if self.values.len() < rows * columns {
+            self.values.resize(rows * columns, 0.0);
+        }
+        &mut self.values[..rows * columns]
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Their length.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// The rows: (rows, columns).
+    pub fn values(&self) -> &[f32] {
+        &self.values[..self.rows * self.columns]
+    }
+
+    /// The rows, to write; 8-bit blocks are not made anew.
+    pub fn values_mut(&mut self) -> &mut [f32] {
+        &mut self.values[..self.rows * self.columns]
+    }
+
+    /// The rows in 8 bits: block `b` of row `i` at `b * rows + i`, so that a product that goes through the columns of a
+    /// matrix once reads them in order. Empty until they have been made.
+    pub fn blocks(&self) -> &[InputBlock] {
+        let count = if self.quantised { self.columns / BLOCK * self.rows } else { 0 };
+        &self.blocks[..count]
+    }
+
+    /// Makes the 8-bit blocks. The length of the rows must be a multiple of [`BLOCK`].
+    pub fn quantise(&mut self, pool: &Pool, isa: Isa) {
+        assert!(self.columns.is_multiple_of(BLOCK), "rows of {} values are no whole blocks", self.columns);
+        let (rows, columns) = (self.rows, self.columns);
+        let count = columns / BLOCK * rows;
+        if self.blocks.len() < count {
+            self.blocks.resize(count, InputBlock::default());
+        }
+        let blocks = Blocks(self.blocks.as_mut_ptr());
+        let values = &self.values;
+        let row = |i: usize| {
+            let blocks = &blocks;
+            let kernel =
+                Quantise { values: &values[i * columns..(i + 1) * columns], to: blocks.0, first: i, step: rows };
+            // SAFETY: `isa` is one that this CPU has; the blocks of row `i` lie within `count` and no other row's
+            // kernel writes them.
+            unsafe { isa.run(kernel) }
+        };
+        match rows * columns < PARALLEL_FROM {
+            true => (0..rows).for_each(row),
+            false => pool.for_each(rows, row),
+        }
+        self.quantised = true;
+    }
+}
+
+/// A pointer that threads share.
+struct Blocks(*mut InputBlock);
+// SAFETY: each thread writes the blocks of its own rows.
+unsafe impl Sync for Blocks {}
+
+/// One row to 8 bits: block `b` goes to `to[b * step + first]`.
+struct Quantise<'a> {
+    values: &'a [f32],
+    to: *mut InputBlock,
+    first: usize,
+    step: usize,
+}
+
+impl Kernel for Quantise<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        for (b, values) in self.values.chunks_exact(BLOCK).enumerate() {
+            // SAFETY: 32 values are two vectors; the destination is this row's own block.
+            unsafe {
+                let (low, high) = (S::load(values.as_ptr()), S::load(values.as_ptr().add(LANES)));
+                let greatest = S::greatest(S::max(S::abs(low), S::abs(high)));
+                let scale = greatest / 127.0;
+                let inverse = S::splat(if greatest > 0.0 { 127.0 / greatest } else { 0.0 });
+                let (low, high) = (S::round(S::mul(low, inverse)), S::round(S::mul(high, inverse)));
+                let sums = [S::sum_i(low), S::sum_i(high)];
+                let block = &mut *self.to.add(b * self.step + self.first);
+                S::store_i8(block.values.as_mut_ptr(), low);
+                S::store_i8(block.values.as_mut_ptr().add(LANES), high);
+                block.scale = scale;
+                block.sums = sums;
+                block.scaled_sums = [scale * sums[0] as f32, scale * sums[1] as f32];
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_hold_the_rows_to_half_a_unit_on_every_instruction_set() {
+        let pool = Pool::new(2).unwrap();
+        let (rows, columns) = (3, 96);
+        let mut made = Vec::new();
+        for isa in Isa::available() {
+            let mut input = Input::default();
+            let values = input.reset(rows, columns);
+            for (i, v) in values.iter_mut().enumerate() {
+                *v = ((i * 7919 + 13) % 2003) as f32 / 1001.5 - 1.0;
+            }
+            values[..32].fill(0.0);
+            values[40] = 1e30;
+            values[70] = -1e-38;
+            input.quantise(&pool, isa);
+            for i in 0..rows {
+                for b in 0..columns / BLOCK {
+                    let block = &input.blocks()[b * rows + i];
+                    let values = &input.values()[i * columns + b * BLOCK..][..BLOCK];
+                    for (q, v) in block.values.iter().zip(values) {
+                        assert!((*q as f32 * block.scale - v).abs() <= block.scale * 0.5001, "{isa} {q} {v}");
+                    }
+                    for half in 0..2 {
+                        let sum: i32 = block.values[16 * half..][..16].iter().map(|&q| q as i32).sum();
+                        assert_eq!((block.sums[half], block.scaled_sums[half]), (sum, block.scale * sum as f32));
+                    }
+                }
+            }
+            made.push(input.blocks().to_vec());
+        }
+        assert!(made.iter().all(|blocks| *blocks == made[0]));
+    }
+}

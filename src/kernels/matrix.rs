@@ -1,0 +1,676 @@
+//! Matrices packed by sixteen rows, and their product with few or many inputs.
+//!
+//! A matrix is held once: in the bytes of its stored type, reordered when it is loaded. The product goes through a
+//! group's columns in order, for all inputs at once, so that weights are read from memory in the order they lie there and
+//! unpacked once for all inputs. Each result is the same chain of operations whatever the number of inputs, threads or
+//! the instruction set: a row computed in a batch has the bits of the row computed alone.
+
+use half::{bf16, f16};
+
+use super::buffer::Buffer;
+use super::formats::{Format, Offset, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, SUB};
+use super::input::{Input, InputBlock};
+use super::pool::Pool;
+use super::simd::{Isa, Kernel, LANES, Simd};
+use crate::weights::WeightType;
+
+/// Multiplications below which waking other threads costs more than it saves.
+const PARALLEL_FROM: usize = 1 << 15;
+
+/// Inputs that a group is multiplied with at a time: their 8-bit blocks, a cache line each, stay in a core's caches.
+const INPUT_TILE: usize = 128;
+
+/// Parts that a thread's share of a product is handed out in, so that a thread that is held up holds up little.
+const PARTS: usize = 6;
+
+/// A matrix of `n` rows and `k` columns.
+pub struct Matrix {
+    n: usize,
+    k: usize,
+    dtype: WeightType,
+    data: Buffer,
+}
+
+/// A product to compute: `out[i][j] = dot(input i, row j)`, with `out` of (rows of the input, n).
+pub struct Product<'a> {
+    /// The matrix.
+    pub matrix: &'a Matrix,
+    /// Where the results go.
+    pub out: &'a mut [f32],
+}
+
+/// Runs `$body` with `$format` naming the format of a quantised type.
+macro_rules! with_format {
+    ($dtype:expr, $format:ident => $body:expr, dense => $dense:expr) => {
+        match $dtype {
+            WeightType::Q4_0 => {
+                type $format = Q4_0;
+                $body
+            }
+            WeightType::Q4_1 => {
+                type $format = Q4_1;
+                $body
+            }
+            WeightType::Q5_0 => {
+                type $format = Q5_0;
+                $body
+            }
+            WeightType::Q5_1 => {
+                type $format = Q5_1;
+                $body
+            }
+            WeightType::Q8_0 => {
+                type $format = Q8_0;
+                $body
+            }
+            WeightType::Q2_K => {
+                type $format = Q2K;
+                $body
+            }
+            WeightType::Q3_K => {
+                type $format = Q3K;
+                $body
+            }
+            WeightType::Q4_K => {
+                type $format = Q4K;
+                $body
+            }
+            WeightType::Q5_K => {
+                type $format = Q5K;
+                $body
+            }
+            WeightType::Q6_K => {
+                type $format = Q6K;
+                $body
+            }
+            WeightType::F32 | WeightType::F16 | WeightType::BF16 => $dense,
+        }
+    };
+}
+
+impl Matrix {
+    /// Packs the bytes of an `n` by `k` matrix. `None` when they are not exactly that long, or when a row is not a whole
+    /// number of blocks.
+    pub fn pack(pool: &Pool, dtype: WeightType, bytes: &[u8], n: usize, k: usize) -> Option<Matrix> {
+        let row_bytes = dtype.bytes_for(k)?;
+        if n == 0 || k == 0 || Some(bytes.len()) != n.checked_mul(row_bytes) {
+            return None;
+        }
+        let groups = n.div_ceil(LANES);
+        let group_bytes = row_bytes * LANES;
+        let mut data = Buffer::zeroed(groups.checked_mul(group_bytes)?);
+        let out = Pointer(data.as_mut_slice().as_mut_ptr());
+        pool.for_each(groups, |group| {
+            let out = &out;
+            // SAFETY: the buffer has `groups` parts of `group_bytes`, and each task has its own.
+            let packed = unsafe { std::slice::from_raw_parts_mut(out.0.add(group * group_bytes), group_bytes) };
+            let rows: [Option<&[u8]>; LANES] =
+                std::array::from_fn(|lane| bytes.get((group * LANES + lane) * row_bytes..)?.get(..row_bytes));
+            with_format!(dtype, F => pack_group::<F>(rows, packed), dense => pack_dense(rows, row_bytes / k, packed));
+        });
+        Some(Matrix { n, k, dtype, data })
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.n
+    }
+
+    /// Length of a row.
+    pub fn columns(&self) -> usize {
+        self.k
+    }
+
+    /// Type of the values.
+    pub fn dtype(&self) -> WeightType {
+        self.dtype
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> u64 {
+        self.data.as_slice().len() as u64
+    }
+
+    /// Writes row `row`, widened, to `out` (`k` values).
+    pub fn widen_row(&self, row: usize, out: &mut [f32]) {
+        assert!(row < self.n && out.len() == self.k, "row {row} of {} into {} values", self.n, out.len());
+        let group_bytes = self.data.as_slice().len() / self.n.div_ceil(LANES);
+        let group = &self.data.as_slice()[row / LANES * group_bytes..][..group_bytes];
+        let lane = row % LANES;
+        with_format!(self.dtype, F => {
+            for (block, out) in group.chunks_exact(F::PACKED).zip(out.chunks_exact_mut(F::COLUMNS)) {
+                F::unpack_row(block, lane, out);
+            }
+        }, dense => {
+            let size = group_bytes / LANES / self.k;
+            for (column, out) in out.iter_mut().enumerate() {
+                let bytes = &group[(column * LANES + lane) * size..][..size];
+                *out = match self.dtype {
+                    WeightType::F16 => f16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
+                    WeightType::BF16 => bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
+                    _ => f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
+                };
+            }
+        });
+    }
+}
+
+/// Whether products with matrices of this type read an input's 8-bit blocks, see [`Input::quantise`].
+pub fn needs_blocks(dtype: WeightType) -> bool {
+    !dtype.is_dense()
+}
+
+/// Computes products with one input, in one pass over the pool's threads.
+pub fn multiply(pool: &Pool, isa: Isa, input: &Input, products: &mut [Product]) {
+    let m = input.rows();
+    for product in products.iter() {
+        let (n, k) = (product.matrix.n, product.matrix.k);
+        assert!(k == input.columns() && product.out.len() == m * n, "product of {m} inputs with wrong sizes");
+        let blocks = input.blocks().len();
+        assert!(!needs_blocks(product.matrix.dtype) || blocks == k / SUB * m, "the input has not been quantised");
+    }
+    // A task is a run of groups of one matrix. Four at a time, which is how dense ones are multiplied.
+    let work: usize = products.iter().map(|p| p.matrix.n * p.matrix.k).sum();
+    let parts = if work * m < PARALLEL_FROM || pool.threads() == 1 { 1 } else { pool.threads() * PARTS };
+    let total: usize = products.iter().map(|p| p.matrix.n.div_ceil(LANES)).sum();
+    let run = total.div_ceil(parts).next_multiple_of(4);
+    let mut tasks = Vec::with_capacity(parts + products.len());
+    for product in products.iter_mut() {
+        let groups = product.matrix.n.div_ceil(LANES);
+        for first in (0..groups).step_by(run) {
+            let count = run.min(groups - first);
+            tasks.push(Task { isa, input, matrix: product.matrix, out: product.out.as_mut_ptr(), first, count });
+        }
+    }
+    match parts {
+        1 => tasks.iter().for_each(Task::run),
+        _ => pool.for_each(tasks.len(), |task| tasks[task].run()),
+    }
+}
+
+/// A run of groups of one matrix.
+struct Task<'a> {
+    isa: Isa,
+    input: &'a Input,
+    matrix: &'a Matrix,
+    out: *mut f32,
+    first: usize,
+    count: usize,
+}
+
+// SAFETY: tasks write the results of their own groups.
+unsafe impl Sync for Task<'_> {}
+
+impl Task<'_> {
+    fn run(&self) {
+        let Matrix { n, k, dtype, data } = self.matrix;
+        let m = self.input.rows();
+        let group_bytes = data.as_slice().len() / n.div_ceil(LANES);
+        let weights = data.as_slice()[self.first * group_bytes..].as_ptr();
+        with_format!(dtype, F => {
+            for start in (0..m).step_by(INPUT_TILE) {
+                let kernel = Quantised::<F> {
+                    weights,
+                    input: self.input.blocks(),
+                    m,
+                    start,
+                    tile: INPUT_TILE.min(m - start),
+                    out: self.out,
+                    first: self.first,
+                    count: self.count,
+                    n: *n,
+                    k: *k,
+                    format: std::marker::PhantomData,
+                };
+                // SAFETY: `isa` is one that this CPU has. `multiply` has checked the sizes; no other task has these groups.
+                unsafe { self.isa.run(kernel) }
+            }
+        }, dense => {
+            let kernel = Dense {
+                dtype: *dtype,
+                weights,
+                input: self.input.values().as_ptr(),
+                m,
+                out: self.out,
+                first: self.first,
+                count: self.count,
+                n: *n,
+                k: *k,
+            };
+            // SAFETY: as above.
+            unsafe { self.isa.run(kernel) }
+        });
+    }
+}
+
+/// A pointer that threads share.
+struct Pointer(*mut u8);
+// SAFETY: each thread writes a part of its own.
+unsafe impl Sync for Pointer {}
+
+fn pack_group<F: Format>(rows: [Option<&[u8]>; LANES], packed: &mut [u8]) {
+    for (block, packed) in packed.chunks_exact_mut(F::PACKED).enumerate() {
+        F::pack(rows.map(|row| Some(&row?[block * F::BLOCK_BYTES..][..F::BLOCK_BYTES])), packed);
+    }
+}
+
+/// Dense types: the sixteen rows' values of a column lie side by side.
+fn pack_dense(rows: [Option<&[u8]>; LANES], size: usize, packed: &mut [u8]) {
+    for (lane, row) in rows.into_iter().enumerate() {
+        let Some(row) = row else { continue };
+        match size {
+            2 => interleave::<2>(row, lane, packed),
+            _ => interleave::<4>(row, lane, packed),
+        }
+    }
+}
+
+fn interleave<const SIZE: usize>(row: &[u8], lane: usize, packed: &mut [u8]) {
+    for (value, column) in row.chunks_exact(SIZE).zip(packed.chunks_exact_mut(SIZE * LANES)) {
+        column[lane * SIZE..][..SIZE].copy_from_slice(value);
+    }
+}
+
+/// Writes a group's results for one input, leaving out the rows of zeros behind the last.
+#[inline(always)]
+unsafe fn put<S: Simd>(results: S::F, out: *mut f32, row: usize, n: usize) {
+    // SAFETY: `out` has `n` values from here on; a whole vector is written only where it fits.
+    unsafe {
+        if row + LANES <= n {
+            S::store(out.add(row), results);
+        } else {
+            let mut all = [0f32; LANES];
+            S::store(all.as_mut_ptr(), results);
+            std::ptr::copy_nonoverlapping(all.as_ptr(), out.add(row), n - row);
+        }
+    }
+}
+
+/// Groups of a quantised matrix with inputs `start..start + tile` of `m`.
+struct Quantised<'a, F> {
+    weights: *const u8,
+    input: &'a [InputBlock],
+    m: usize,
+    start: usize,
+    tile: usize,
+    out: *mut f32,
+    first: usize,
+    count: usize,
+    n: usize,
+    k: usize,
+    format: std::marker::PhantomData<F>,
+}
+
+impl<F: Format> Kernel for Quantised<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let group_bytes = self.k / F::COLUMNS * F::PACKED;
+        let mut sums = [[0f32; LANES]; INPUT_TILE];
+        for group in 0..self.count {
+            // SAFETY: the group lies within the weights; block `b` of input `i` lies at `b * m + i`.
+            unsafe {
+                let weights = self.weights.add(group * group_bytes);
+                sums[..self.tile].fill([0.0; LANES]);
+                for super_block in 0..self.k / F::COLUMNS {
+                    let block = weights.add(super_block * F::PACKED);
+                    for sub in 0..F::COLUMNS / SUB {
+                        let column_block = super_block * (F::COLUMNS / SUB) + sub;
+                        let inputs = self.input.as_ptr().add(column_block * self.m + self.start);
+                        multiply_sub::<S, F>(block, sub, inputs, &mut sums[..self.tile]);
+                    }
+                }
+                for (i, sums) in sums[..self.tile].iter().enumerate() {
+                    let out = self.out.add((self.start + i) * self.n);
+                    put::<S>(S::load(sums.as_ptr()), out, (self.first + group) * LANES, self.n);
+                }
+            }
+        }
+    }
+}
+
+/// 32 columns of a group with all inputs of the tile.
+#[inline(always)]
+unsafe fn multiply_sub<S: Simd, F: Format>(
+    block: *const u8,
+    sub: usize,
+    inputs: *const InputBlock,
+    sums: &mut [[f32; LANES]],
+) {
+    // SAFETY: `inputs` has as many blocks as `sums`; the block is whole.
+    unsafe {
+        let scales = F::scales::<S>(block, sub);
+        let w = F::weights::<S>(block, sub);
+        for (i, sum) in sums.iter_mut().enumerate() {
+            let x = &*inputs.add(i);
+            let values = x.values.as_ptr();
+            let mut acc = S::load(sum.as_ptr());
+            let unit = S::splat(x.scale);
+            let start = |half: usize| -> i32 {
+                let total = if F::HALVES { x.sums[half] } else { x.sums[0].wrapping_add(x.sums[1]) };
+                // An infinite input has no sum worth the name; its scale carries it to the result.
+                match F::OFFSET {
+                    Offset::Fixed(offset) => total.wrapping_mul(-offset),
+                    Offset::Signed => total.wrapping_mul(-S::I8_OFFSET),
+                }
+            };
+            if F::HALVES {
+                let mut low = S::splat_i(start(0));
+                let mut high = S::splat_i(start(1));
+                for j in 0..4 {
+                    low = S::dot_u7(low, w[j], values.add(4 * j));
+                    high = S::dot_u7(high, w[j + 4], values.add(4 * (j + 4)));
+                }
+                acc = S::fma(S::to_f32(low), S::mul(scales.scale[0], unit), acc);
+                acc = S::fma(S::to_f32(high), S::mul(scales.scale[1], unit), acc);
+            } else {
+                let mut dots = S::splat_i(start(0));
+                for j in 0..8 {
+                    dots = match F::OFFSET {
+                        Offset::Fixed(_) => S::dot_u7(dots, w[j], values.add(4 * j)),
+                        Offset::Signed => S::dot_i8(dots, w[j], values.add(4 * j)),
+                    };
+                }
+                acc = S::fma(S::to_f32(dots), S::mul(scales.scale[0], unit), acc);
+            }
+            if F::MINIMA {
+                if F::HALVES {
+                    acc = S::fma(scales.min[0], S::splat(-x.scaled_sums[0]), acc);
+                    acc = S::fma(scales.min[1], S::splat(-x.scaled_sums[1]), acc);
+                } else {
+                    acc = S::fma(scales.min[0], S::splat(-(x.scaled_sums[0] + x.scaled_sums[1])), acc);
+                }
+            }
+            S::store(sum.as_mut_ptr(), acc);
+        }
+    }
+}
+
+/// Groups of a dense matrix with all inputs.
+struct Dense {
+    dtype: WeightType,
+    weights: *const u8,
+    input: *const f32,
+    m: usize,
+    out: *mut f32,
+    first: usize,
+    count: usize,
+    n: usize,
+    k: usize,
+}
+
+/// Inputs that a tile of dense groups is multiplied with at a time.
+const DENSE_INPUTS: usize = 6;
+
+impl Kernel for Dense {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        // SAFETY: the pointers are what `multiply` has checked.
+        unsafe {
+            match self.dtype {
+                WeightType::F16 => self.run_type::<S, f16>(),
+                WeightType::BF16 => self.run_type::<S, bf16>(),
+                _ => self.run_type::<S, f32>(),
+            }
+        }
+    }
+}
+
+/// A dense stored type.
+trait Value: Copy {
+    unsafe fn load<S: Simd>(from: *const Self) -> S::F;
+}
+
+impl Value for f32 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(from: *const f32) -> S::F {
+        // SAFETY: the caller's pointer has sixteen values.
+        unsafe { S::load(from) }
+    }
+}
+
+impl Value for f16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(from: *const f16) -> S::F {
+        // SAFETY: as above.
+        unsafe { S::load_f16(from) }
+    }
+}
+
+impl Value for bf16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(from: *const bf16) -> S::F {
+        // SAFETY: as above.
+        unsafe { S::load_bf16(from) }
+    }
+}
+
+impl Dense {
+    #[inline(always)]
+    unsafe fn run_type<S: Simd, V: Value>(&self) {
+        // Four groups side by side where there are enough registers for their sums, or only one input.
+        // SAFETY: `tile` is called for groups and inputs that there are.
+        unsafe {
+            let wide = if S::REGISTERS >= 32 || self.m == 1 { 4 } else { 1 };
+            let mut group = 0;
+            while group < self.count {
+                let groups = if self.count - group >= wide { wide } else { 1 };
+                let mut start = 0;
+                while start < self.m {
+                    let inputs = DENSE_INPUTS.min(self.m - start);
+                    match (groups, inputs) {
+                        (4, 1) => self.tile::<S, V, 4, 1>(group, start),
+                        (4, 2) => self.tile::<S, V, 4, 2>(group, start),
+                        (4, 3) => self.tile::<S, V, 4, 3>(group, start),
+                        (4, 4) => self.tile::<S, V, 4, 4>(group, start),
+                        (4, 5) => self.tile::<S, V, 4, 5>(group, start),
+                        (4, _) => self.tile::<S, V, 4, 6>(group, start),
+                        (_, 1) => self.tile::<S, V, 1, 1>(group, start),
+                        (_, 2) => self.tile::<S, V, 1, 2>(group, start),
+                        (_, 3) => self.tile::<S, V, 1, 3>(group, start),
+                        (_, 4) => self.tile::<S, V, 1, 4>(group, start),
+                        (_, 5) => self.tile::<S, V, 1, 5>(group, start),
+                        _ => self.tile::<S, V, 1, 6>(group, start),
+                    }
+                    start += inputs;
+                }
+                group += groups;
+            }
+        }
+    }
+
+    /// `G` groups with `M` inputs: every result is one chain of multiply-adds over the columns.
+    #[inline(always)]
+    unsafe fn tile<S: Simd, V: Value, const G: usize, const M: usize>(&self, group: usize, start: usize) {
+        // SAFETY: a group is `k` vectors of `V`; inputs are `k` values each.
+        unsafe {
+            let weights = self.weights.cast::<V>().add(group * self.k * LANES);
+            let input = self.input.add(start * self.k);
+            let mut sums = [[S::splat(0.0); G]; M];
+            for column in 0..self.k {
+                let mut w = [S::splat(0.0); G];
+                for (g, w) in w.iter_mut().enumerate() {
+                    *w = V::load::<S>(weights.add((g * self.k + column) * LANES));
+                }
+                for i in 0..M {
+                    let x = S::splat(*input.add(i * self.k + column));
+                    for g in 0..G {
+                        sums[i][g] = S::fma(w[g], x, sums[i][g]);
+                    }
+                }
+            }
+            for (i, sums) in sums.iter().enumerate() {
+                for (g, &sum) in sums.iter().enumerate() {
+                    let out = self.out.add((start + i) * self.n);
+                    put::<S>(sum, out, (self.first + group + g) * LANES, self.n);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::quantized::QTensor;
+    use candle_core::{Device, Tensor};
+
+    use super::*;
+
+    /// Seeded values in -1..1, widened from the stored type, and their matrix.
+    fn matrix(dtype: WeightType, n: usize, k: usize) -> (Vec<f32>, Matrix) {
+        let values: Vec<f32> = (0..n * k).map(|i| ((i * 7919 + 13) % 2003) as f32 / 1001.5 - 1.0).collect();
+        let tensor = Tensor::from_vec(values, (n, k), &Device::Cpu).unwrap();
+        let stored = QTensor::quantize(&tensor, dtype.ggml()).unwrap();
+        let bytes = stored.data().unwrap();
+        let wide = stored.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        // One byte off, so that nothing can rely on the source's alignment.
+        let shifted: Vec<u8> = std::iter::once(0).chain(bytes.iter().copied()).collect();
+        let pool = Pool::new(2).unwrap();
+        (wide, Matrix::pack(&pool, dtype, &shifted[1..], n, k).unwrap())
+    }
+
+    fn inputs(m: usize, k: usize, pool: &Pool, isa: Isa) -> Input {
+        let mut input = Input::default();
+        for (i, v) in input.reset(m, k).iter_mut().enumerate() {
+            *v = ((i * 31 + 7) % 257) as f32 / 128.5 - 1.0;
+        }
+        if k.is_multiple_of(SUB) {
+            input.quantise(pool, isa);
+        }
+        input
+    }
+
+    fn product(matrix: &Matrix, input: &Input, pool: &Pool, isa: Isa) -> Vec<f32> {
+        let mut out = vec![f32::NAN; input.rows() * matrix.rows()];
+        multiply(pool, isa, input, &mut [Product { matrix, out: &mut out }]);
+        out
+    }
+
+    fn sizes(dtype: WeightType) -> Vec<(usize, usize)> {
+        match dtype.block_size() {
+            1 => vec![(1, 1), (5, 7), (16, 33), (70, 65), (83, 128)],
+            32 => vec![(1, 32), (17, 96), (70, 64)],
+            _ => vec![(1, 256), (17, 512), (70, 256)],
+        }
+    }
+
+    #[test]
+    fn packed_rows_widen_to_what_they_were() {
+        for dtype in WeightType::ALL {
+            for (n, k) in sizes(dtype) {
+                let (wide, matrix) = matrix(dtype, n, k);
+                let mut row = vec![f32::NAN; k];
+                for j in 0..n {
+                    matrix.widen_row(j, &mut row);
+                    for (found, want) in row.iter().zip(&wide[j * k..]) {
+                        assert!((found - want).abs() <= 1e-6 * want.abs().max(1.0), "{dtype} row {j}: {found} {want}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_type_multiplies_like_f64_with_every_instruction_set_and_number_of_inputs() {
+        let pool = Pool::new(2).unwrap();
+        for dtype in WeightType::ALL {
+            for (n, k) in sizes(dtype) {
+                let (wide, matrix) = matrix(dtype, n, k);
+                for isa in Isa::available() {
+                    for m in [1, 2, 3, 5, 6, 7, 13] {
+                        let input = inputs(m, k, &pool, isa);
+                        let out = product(&matrix, &input, &pool, isa);
+                        for i in 0..m {
+                            // What the product sees of the input.
+                            let x: Vec<f64> = match dtype.is_dense() {
+                                true => input.values()[i * k..][..k].iter().map(|&v| v as f64).collect(),
+                                false => (0..k)
+                                    .map(|c| {
+                                        let block = &input.blocks()[c / SUB * m + i];
+                                        block.values[c % SUB] as f64 * block.scale as f64
+                                    })
+                                    .collect(),
+                            };
+                            for j in 0..n {
+                                let (mut want, mut size) = (0f64, 0f64);
+                                for (x, &w) in x.iter().zip(&wide[j * k..][..k]) {
+                                    want += x * w as f64;
+                                    size += (x * w as f64).abs();
+                                }
+                                let found = out[i * n + j] as f64;
+                                assert!(
+                                    (found - want).abs() <= 3e-6 * size + 1e-6,
+                                    "{dtype} {isa} m={m} n={n} k={k} [{i},{j}]: {found} for {want}"
+                                );
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_has_the_same_bits_alone_in_a_batch_on_any_threads_and_instruction_set() {
+        let (one, three) = (Pool::new(1).unwrap(), Pool::new(3).unwrap());
+        let bits = |v: &[f32]| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+        for dtype in WeightType::ALL {
+            let (n, k, m) = (83, 256, 140);
+            let (_, matrix) = matrix(dtype, n, k);
+            let all = inputs(m, k, &three, Isa::detect());
+            let together = product(&matrix, &all, &three, Isa::detect());
+            for isa in Isa::available() {
+                for i in [0, 1, 6, 77, 127, 128, 139] {
+                    let mut alone = Input::default();
+                    alone.reset(1, k).copy_from_slice(&all.values()[i * k..][..k]);
+                    alone.quantise(&one, isa);
+                    let out = product(&matrix, &alone, &one, isa);
+                    assert_eq!(bits(&out), bits(&together[i * n..][..n]), "{dtype} {isa} input {i}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn several_products_share_a_pass() {
+        let pool = Pool::new(2).unwrap();
+        let isa = Isa::detect();
+        let (_, a) = matrix(WeightType::Q4_0, 70, 128);
+        let (_, b) = matrix(WeightType::F16, 17, 128);
+        let input = inputs(9, 128, &pool, isa);
+        let (mut out_a, mut out_b) = (vec![0f32; 9 * 70], vec![0f32; 9 * 17]);
+        let products = &mut [Product { matrix: &a, out: &mut out_a }, Product { matrix: &b, out: &mut out_b }];
+        multiply(&pool, isa, &input, products);
+        assert_eq!((out_a, out_b), (product(&a, &input, &pool, isa), product(&b, &input, &pool, isa)));
+    }
+
+    #[test]
+    fn extreme_values_stay_finite_and_lost_ones_show() {
+        let pool = Pool::new(1).unwrap();
+        for isa in Isa::available() {
+            for dtype in WeightType::ALL {
+                let (_, matrix) = matrix(dtype, 3, 256);
+                let mut input = inputs(1, 256, &pool, isa);
+                input.values_mut()[..4].copy_from_slice(&[f32::MAX / 1e6, -1e30, 1e-40, 0.0]);
+                input.quantise(&pool, isa);
+                assert!(product(&matrix, &input, &pool, isa).iter().all(|v| v.is_finite()), "{dtype} {isa}");
+                input.values_mut()[5] = f32::INFINITY;
+                input.quantise(&pool, isa);
+                assert!(product(&matrix, &input, &pool, isa).iter().all(|v| !v.is_finite()), "{dtype} {isa}");
+            }
+        }
+    }
+
+    #[test]
+    fn wrong_sizes_are_no_matrix() {
+        let pool = Pool::new(1).unwrap();
+        let pack = |dtype, bytes: usize, n, k| Matrix::pack(&pool, dtype, &vec![0; bytes], n, k);
+        assert!(pack(WeightType::F32, 15, 2, 2).is_none());
+        assert!(pack(WeightType::Q8_0, 34, 1, 33).is_none());
+        assert!(pack(WeightType::F32, 0, 0, 4).is_none());
+        assert!(pack(WeightType::F16, 4, usize::MAX, 4).is_none());
+    }
+}
