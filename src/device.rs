@@ -8,6 +8,8 @@ use std::sync::Arc;
 use candle_core::Device;
 
 use crate::error::{Error, Result};
+use crate::kernels::pool::Pool;
+use crate::kernels::simd::Isa;
 
 /// A device as a user names it: `cpu`, `cpu@threads=2`, `cuda:0`, `metal:0`.
 ///
@@ -94,8 +96,14 @@ impl FromStr for DeviceSpec {
     }
 }
 
-/// The threads that a CPU stage computes on.
-pub type ThreadPool = Arc<rayon::ThreadPool>;
+/// What a CPU stage computes with.
+#[derive(Clone)]
+pub struct Cpu {
+    /// Its threads.
+    pub pool: Arc<Pool>,
+    /// Its instructions.
+    pub isa: Isa,
+}
 
 /// A device that has been opened: candle's handle, and for a CPU the stage's threads.
 #[derive(Clone)]
@@ -104,8 +112,8 @@ pub struct OpenDevice {
     pub spec: DeviceSpec,
     /// Candle's handle; clones of it are the same device, opening twice would not be.
     pub device: Device,
-    /// The threads of a CPU stage, `None` on a GPU.
-    pub pool: Option<ThreadPool>,
+    /// Threads and instructions of a CPU stage, `None` on a GPU.
+    pub cpu: Option<Cpu>,
 }
 
 impl fmt::Debug for OpenDevice {
@@ -116,10 +124,11 @@ impl fmt::Debug for OpenDevice {
 
 impl OpenDevice {
     /// Opens the devices of all stages: one candle device for each physical one, one shared thread pool for the stages
-    /// named plain `cpu`, and a pool of its own for each `cpu@threads=N`. A device that is not there is an error.
-    pub fn open_all(specs: &[DeviceSpec]) -> Result<Vec<OpenDevice>> {
+    /// named plain `cpu`, and a pool of its own for each `cpu@threads=N`. CPU stages compute with `isa`. A device that is
+    /// not there is an error.
+    pub fn open_all(specs: &[DeviceSpec], isa: Isa) -> Result<Vec<OpenDevice>> {
         let mut gpus: BTreeMap<DeviceSpec, Device> = BTreeMap::new();
-        let mut shared_pool: Option<ThreadPool> = None;
+        let mut shared_pool: Option<Arc<Pool>> = None;
         let mut open = Vec::with_capacity(specs.len());
         for &spec in specs {
             let opened = match spec {
@@ -129,14 +138,14 @@ impl OpenDevice {
                         (None, None) => shared_pool.insert(new_pool(available_threads())?).clone(),
                         (Some(threads), _) => new_pool(threads)?,
                     };
-                    OpenDevice { spec, device: Device::Cpu, pool: Some(pool) }
+                    OpenDevice { spec, device: Device::Cpu, cpu: Some(Cpu { pool, isa }) }
                 }
                 gpu => {
                     let device = match gpus.get(&gpu) {
                         Some(device) => device.clone(),
                         None => gpus.entry(gpu).or_insert(open_gpu(gpu)?).clone(),
                     };
-                    OpenDevice { spec, device, pool: None }
+                    OpenDevice { spec, device, cpu: None }
                 }
             };
             open.push(opened);
@@ -174,11 +183,8 @@ fn available_threads() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get())
 }
 
-fn new_pool(threads: usize) -> Result<ThreadPool> {
-    rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .thread_name(|i| format!("pipeline-cpu-{i}"))
-        .build()
+fn new_pool(threads: usize) -> Result<Arc<Pool>> {
+    Pool::new(threads)
         .map(Arc::new)
         .map_err(|e| Error::option("devices", format!("cannot start {threads} CPU threads: {e}")))
 }
@@ -280,7 +286,7 @@ mod tests {
     fn an_absent_device_is_an_error_that_lists_those_present() {
         let absent = [DeviceSpec::Cuda(99), DeviceSpec::Metal(99)];
         for spec in absent {
-            let message = OpenDevice::open_all(&[DeviceSpec::CPU, spec]).unwrap_err().to_string();
+            let message = OpenDevice::open_all(&[DeviceSpec::CPU, spec], Isa::detect()).unwrap_err().to_string();
             assert!(message.contains(&spec.to_string()) && message.contains("present here: cpu"), "{message}");
         }
     }
@@ -288,11 +294,11 @@ mod tests {
     #[test]
     fn plain_cpu_stages_share_a_pool_and_counted_ones_do_not() {
         let specs = DeviceSpec::parse_list("cpu,cpu,cpu@threads=1,cpu@threads=1").unwrap();
-        let open = OpenDevice::open_all(&specs).unwrap();
-        let pool = |i: usize| open[i].pool.as_ref().unwrap();
+        let open = OpenDevice::open_all(&specs, Isa::detect()).unwrap();
+        let pool = |i: usize| &open[i].cpu.as_ref().unwrap().pool;
         assert!(Arc::ptr_eq(pool(0), pool(1)));
         assert!(!Arc::ptr_eq(pool(2), pool(3)));
-        assert_eq!(pool(2).current_num_threads(), 1);
+        assert_eq!(pool(2).threads(), 1);
     }
 
     #[test]

@@ -29,10 +29,10 @@
 //! The modules stand here in the order in which to read them; each uses only those above it.
 
 pub mod error;
-pub mod device;
 pub mod instrument;
 pub mod weights;
 pub mod kernels;
+pub mod device;
 pub mod model;
 pub mod backend;
 pub mod pipeline;
@@ -45,6 +45,8 @@ pub use executor::scheduler::{Finish, GeneratedToken, GenerationEvent};
 pub use executor::stream::{GenerationStream, TextStream, TokenStream};
 pub use executor::tokenizer::{ChatMessage, Tokenizer};
 pub use executor::{ExecutorOptions, Generation, HeterogeneousPipelineExecutor, StageMemory, WarmupReport};
+pub use kernels::kv::KvType;
+pub use kernels::simd::Isa;
 pub use pipeline::{HeterogeneousPipeline, PipelineOptions, StagePlan};
 
 /// The small trained model that comes with the sources, so that everything runs without a download: stories in simple

@@ -2,7 +2,7 @@
 
 mod common;
 
-use candle_pipeline::backend::{CandleBackend, MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput};
+use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageOutput};
 use candle_pipeline::{
     DEMO_MODEL, DeviceSpec, GenerationOptions, HeterogeneousPipeline, HeterogeneousPipelineExecutor,
 };
@@ -102,16 +102,7 @@ async fn a_batch_gives_each_prompt_what_it_gives_alone() {
 fn rows_of_several_sequences_in_one_micro_batch_are_those_of_each_alone() {
     let devices = DeviceSpec::parse_list("cpu").unwrap();
     let pipeline = HeterogeneousPipeline::new(&devices, DEMO_MODEL).unwrap();
-    let mut backend = CandleBackend::load(
-        &**pipeline.weights(),
-        pipeline.config().clone(),
-        0..8,
-        pipeline.devices()[0].clone(),
-        pipeline.ropes()[0].clone(),
-        None,
-        &|_| {},
-    )
-    .unwrap();
+    let mut backend = pipeline.stage_source(0).load(&|_| {}).unwrap();
     let slice = |id: u64, position: usize, len: usize| SequenceSlice {
         id: SequenceId(id),
         position,

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use candle_pipeline::weights::WeightType;
 use candle_pipeline::{
     ChatMessage, DEMO_MODEL, DeviceSpec, ExecutorOptions, GenerationOptions, HeterogeneousPipeline,
-    HeterogeneousPipelineExecutor, PipelineOptions, Tokenizer,
+    HeterogeneousPipelineExecutor, Isa, KvType, PipelineOptions, Tokenizer,
 };
 use clap::{Parser, ValueEnum};
 
@@ -70,6 +70,12 @@ pub struct Flags {
     /// Type for F32, F16 and BF16 weights: f32, f16 or bf16.
     #[arg(long)]
     pub dtype: Option<String>,
+    /// Type of keys and values on CPU stages: f32, f16 or q8_0.
+    #[arg(long, default_value_t)]
+    pub kv_type: KvType,
+    /// Instructions that CPU stages use: avx512, avx2, neon, scalar, as far as the CPU has them. The best when absent.
+    #[arg(long)]
+    pub isa: Option<Isa>,
     /// Positions of a sequence, prompt and output together; the model's own limit when absent.
     #[arg(long)]
     pub context_length: Option<usize>,
@@ -106,6 +112,8 @@ impl Flags {
             split: self.split.clone(),
             context_length: self.context_length,
             dtype,
+            kv_type: self.kv_type,
+            isa: self.isa,
             ..PipelineOptions::default()
         };
         let model = self.model.clone();

@@ -1,46 +1,33 @@
 //! The backend over candle's tensors: every device, and the readable reference for the faster ones.
 
 use std::collections::HashMap;
-use std::ops::Range;
-use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use super::{MicroBatch, SequenceId, StageBackend, StageBytes, StageOutput};
-use crate::device::OpenDevice;
+use super::{MicroBatch, SequenceId, StageBackend, StageBytes, StageOutput, StageSource};
 use crate::error::{Error, Result};
-use crate::model::config::DecoderConfig;
 use crate::model::decoder::{Decoder, Input, Output, Rows};
 use crate::model::kv_cache::SequenceKv;
-use crate::model::rope::Ropes;
-use crate::weights::{WeightSource, WeightType};
 
 /// A run of decoder layers and the keys and values of the sequences that are open in it.
 pub struct CandleBackend {
     decoder: Decoder,
-    device: OpenDevice,
-    weights: u64,
     sequences: HashMap<SequenceId, SequenceKv>,
 }
 
 impl CandleBackend {
-    /// Loads the layers `range` to the device, whose rotary tables are `ropes`, tensor by tensor; `progress` hears of bytes as they arrive.
-    pub fn load(
-        source: &dyn WeightSource,
-        config: Arc<DecoderConfig>,
-        range: Range<usize>,
-        device: OpenDevice,
-        ropes: Arc<Ropes>,
-        dense_type: Option<WeightType>,
-        progress: &dyn Fn(u64),
-    ) -> Result<Self> {
-        let loaded = std::cell::Cell::new(0);
-        let count = |bytes| {
-            loaded.set(loaded.get() + bytes);
-            progress(bytes);
-        };
-        let decoder = Decoder::load(source, config, range, &device.device, ropes, dense_type, &count)?;
-        Ok(CandleBackend { decoder, device, weights: loaded.get(), sequences: HashMap::new() })
+    /// Loads a stage tensor by tensor; `progress` hears of bytes as they arrive.
+    pub fn load(source: &StageSource, progress: &dyn Fn(u64)) -> Result<Self> {
+        let decoder = Decoder::load(
+            &*source.weights,
+            source.config.clone(),
+            source.layers.clone(),
+            &source.device,
+            source.ropes.clone(),
+            source.dense_type,
+            progress,
+        )?;
+        Ok(CandleBackend { decoder, sequences: HashMap::new() })
     }
 
     fn run(&mut self, batch: &MicroBatch, input: Option<Tensor>) -> Result<StageOutput> {
@@ -93,13 +80,10 @@ impl StageBackend for CandleBackend {
     }
 
     fn forward(&mut self, batch: &MicroBatch, input: Option<Tensor>) -> Result<StageOutput> {
-        match self.device.pool.clone() {
-            Some(pool) => pool.install(|| self.run(batch, input)),
-            None => self.run(batch, input),
-        }
+        self.run(batch, input)
     }
 
     fn bytes(&self) -> StageBytes {
-        StageBytes { weights: self.weights, kv: self.sequences.values().map(SequenceKv::bytes).sum() }
+        StageBytes { weights: self.decoder.weight_bytes(), kv: self.sequences.values().map(SequenceKv::bytes).sum() }
     }
 }

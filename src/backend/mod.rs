@@ -2,12 +2,51 @@
 //! A [`MicroBatch`] is plain data that names sequences and positions, so that it could cross a wire.
 
 mod candle;
+mod cpu;
 
 pub use candle::CandleBackend;
+pub use cpu::CpuBackend;
+
+use std::ops::Range;
+use std::sync::Arc;
 
 use candle_core::Tensor;
 
+use crate::device::OpenDevice;
 use crate::error::Result;
+use crate::kernels::kv::KvType;
+use crate::model::config::DecoderConfig;
+use crate::model::rope::Ropes;
+use crate::weights::{WeightSource, WeightType};
+
+/// What a stage is loaded from.
+#[derive(Clone)]
+pub struct StageSource {
+    /// The model's tensors.
+    pub weights: Arc<dyn WeightSource>,
+    /// The model.
+    pub config: Arc<DecoderConfig>,
+    /// The stage's layers.
+    pub layers: Range<usize>,
+    /// Where it runs.
+    pub device: OpenDevice,
+    /// The device's rotary tables.
+    pub ropes: Arc<Ropes>,
+    /// F32, F16 and BF16 matrices become this type; `None` leaves them as stored.
+    pub dense_type: Option<WeightType>,
+    /// Type of keys and values on a CPU.
+    pub kv_type: KvType,
+}
+
+impl StageSource {
+    /// Loads the backend that suits the device, tensor by tensor; `progress` hears of bytes as they arrive.
+    pub fn load(&self, progress: &dyn Fn(u64)) -> Result<Box<dyn StageBackend>> {
+        Ok(match &self.device.cpu {
+            Some(cpu) => Box::new(CpuBackend::load(self, cpu, progress)?),
+            None => Box::new(CandleBackend::load(self, progress)?),
+        })
+    }
+}
 
 /// Names a sequence in every stage. Never used twice within an executor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -20,7 +20,7 @@ use self::options::{FinishReason, GenerationOptions, TokenLogprob};
 use self::scheduler::{GenerationEvent, Limits, Message, Request, Scheduler, TextState, capacity};
 use self::stream::{GenerationStream, TextStream, TokenStream};
 use self::tokenizer::{ChatMessage, Tokenizer};
-use crate::backend::{CandleBackend, SequenceId, StageBackend};
+use crate::backend::{SequenceId, StageBackend};
 use crate::device::DeviceSpec;
 use crate::error::{Error, Result};
 use crate::instrument::Probe;
@@ -574,22 +574,13 @@ impl LoadStage {
     }
 
     fn load(&self) -> Result<Box<dyn StageBackend>> {
-        let plan = &self.pipeline.stages()[self.stage];
         let progress = |bytes| {
             let loaded = self.loaded.fetch_add(bytes, Ordering::Relaxed) + bytes;
             if let Some(progress) = &self.options.progress {
                 progress(loaded, self.total);
             }
         };
-        let backend: Box<dyn StageBackend> = Box::new(CandleBackend::load(
-            &**self.pipeline.weights(),
-            self.pipeline.config().clone(),
-            plan.layers.clone(),
-            self.pipeline.devices()[self.stage].clone(),
-            self.pipeline.ropes()[self.stage].clone(),
-            self.pipeline.options().dtype,
-            &progress,
-        )?);
+        let backend = self.pipeline.stage_source(self.stage).load(&progress)?;
         Ok(match &self.options.wrap_backend {
             Some(wrap) => wrap(self.stage, backend),
             None => backend,

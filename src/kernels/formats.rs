@@ -97,9 +97,9 @@ pub trait Format: 'static {
             for (sub, planes) in planes.chunks_exact_mut(Self::SUB_BYTES).enumerate() {
                 let values: &[u8; SUB] = parts.values[sub * SUB..][..SUB].try_into().expect("32 values");
                 let (low, high) = planes.split_at_mut(VECTOR * Self::LOW);
-                spread(Self::LOW, values, row, low);
+                spread(Self::LOW, 0, values, row, low);
                 if Self::HIGH > 0 {
-                    spread(Self::HIGH, &values.map(|v| v >> Self::LOW), row, high);
+                    spread(Self::HIGH, Self::LOW, values, row, high);
                 }
             }
         }
@@ -180,11 +180,17 @@ fn place(bits: usize, row: usize, column: usize) -> (usize, usize) {
     ((j % bits) * VECTOR + 4 * row + t, (j / bits) * bits)
 }
 
-fn spread(bits: usize, values: &[u8; SUB], row: usize, plane: &mut [u8]) {
-    let mask = 0xffu8 >> (8 - bits);
-    for (column, value) in values.iter().enumerate() {
-        let (byte, shift) = place(bits, row, column);
-        plane[byte] |= (value & mask) << shift;
+/// Puts bits `from..from + bits` of 32 values of a row into a plane. The four values of a vector's lane are one word.
+fn spread(bits: usize, from: usize, values: &[u8; SUB], row: usize, plane: &mut [u8]) {
+    let mask = 0x0101_0101 * (0xff >> (8 - bits));
+    let (words, _) = values.as_chunks::<4>();
+    for vector in 0..bits {
+        let mut word = 0;
+        for part in 0..8 / bits {
+            let four = u32::from_le_bytes(words[vector + part * bits]);
+            word |= (four >> from & mask) << (part * bits);
+        }
+        plane[vector * VECTOR + 4 * row..][..4].copy_from_slice(&word.to_le_bytes());
     }
 }
 

@@ -85,7 +85,7 @@ impl Input {
             let blocks = &blocks;
             let kernel =
                 Quantise { values: &values[i * columns..(i + 1) * columns], to: blocks.0, first: i, step: rows };
-            // SAFETY: `isa` is one that this CPU has; the blocks of row `i` lie within `count` and no other row's
+            // SAFETY: the blocks of row `i` lie within `count` and no other row's
             // kernel writes them.
             unsafe { isa.run(kernel) }
         };

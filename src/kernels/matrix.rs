@@ -222,7 +222,7 @@ impl Task<'_> {
                     k: *k,
                     format: std::marker::PhantomData,
                 };
-                // SAFETY: `isa` is one that this CPU has. `multiply` has checked the sizes; no other task has these groups.
+                // SAFETY: `multiply` has checked the sizes; no other task has these groups.
                 unsafe { self.isa.run(kernel) }
             }
         }, dense => {

@@ -7,11 +7,13 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 
 use super::attention::{attend, soft_cap};
-use super::config::{Activation, DecoderConfig, LayerConfig, LayerRope, QkNorm};
+use super::config::{Activation, DecoderConfig, LayerRope, QkNorm};
 use super::kv_cache::SequenceKv;
-use super::linear::{Linear, Loader, Matrix};
+use super::linear::CandleBuild;
 use super::mask::MaskCache;
 use super::rope::Ropes;
+use super::stage_weights::{Linear, StageWeights, is_tied};
+use crate::device::OpenDevice;
 use crate::error::{Error, Result};
 use crate::weights::{WeightSource, WeightType};
 
@@ -96,11 +98,6 @@ impl WeightBytes {
     }
 }
 
-/// The head is the embedding table where the config says so and the file has no head of its own.
-fn is_tied(source: &dyn WeightSource, config: &DecoderConfig) -> Result<bool> {
-    Ok(config.tie_word_embeddings && source.meta("lm_head.weight")?.is_none())
-}
-
 /// What a forward pass returns.
 pub enum Output {
     /// For the next stage: (rows, hidden_size).
@@ -128,104 +125,51 @@ pub struct Decoder {
     config: Arc<DecoderConfig>,
     device: Device,
     dtype: DType,
-    embeddings: Option<Arc<Matrix>>,
-    layers: Vec<Layer>,
-    head: Option<Head>,
+    weights: StageWeights<CandleBuild>,
+    /// Index of the first layer in the model.
+    first: usize,
     ropes: Arc<Ropes>,
     masks: MaskCache,
 }
 
-struct Head {
-    norm: Tensor, // (hidden_size)
-    projection: Linear,
-}
-
-struct Layer {
-    config: LayerConfig,
-    attn_norm: Option<Tensor>,      // (hidden_size)
-    attn_post_norm: Option<Tensor>, // (hidden_size)
-    mlp_norm: Option<Tensor>,       // (hidden_size)
-    mlp_post_norm: Option<Tensor>,  // (hidden_size)
-    q_proj: Linear,
-    k_proj: Linear,
-    v_proj: Linear,
-    o_proj: Linear,
-    q_norm: Option<Tensor>, // (head_dim) or (heads * head_dim)
-    k_norm: Option<Tensor>,
-    gate_proj: Linear,
-    up_proj: Linear,
-    down_proj: Linear,
-}
-
 impl Decoder {
-    /// Loads the layers `range` to `device`, whose rotary tables are `ropes`. `progress` hears of each part's bytes when it is in place.
+    /// Loads the layers `range` to `device`, whose rotary tables are `ropes`. `progress` hears of each part's bytes when
+    /// it is in place.
     pub fn load(
         source: &dyn WeightSource,
         config: Arc<DecoderConfig>,
         range: Range<usize>,
-        device: &Device,
+        device: &OpenDevice,
         ropes: Arc<Ropes>,
         dense_type: Option<WeightType>,
         progress: &dyn Fn(u64),
     ) -> Result<Decoder> {
-        let dtype = activation_dtype(source, device, dense_type)?;
-        let loader = Loader { source, device, dense_type, activation_dtype: dtype };
-        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let first = range.start == 0;
-        let last = range.end == config.num_hidden_layers;
-        let tied = is_tied(source, &config)?;
-        let embeddings = match first || (last && tied) {
-            true => Some(loader.table("embed_tokens.weight", vocab, hidden)?),
-            false => None,
-        };
-        progress(embeddings.as_ref().map_or(0, |table| table.bytes()));
-        let mut layers = Vec::with_capacity(range.len());
-        for index in range {
-            let layer = Layer::load(&loader, &config, index)?;
-            progress(layer.bytes());
-            layers.push(layer);
-        }
-        let head = match last {
-            false => None,
-            true => {
-                let projection = match (&embeddings, tied) {
-                    (Some(table), true) => Linear::shared(table.clone()),
-                    _ => {
-                        let projection = loader.linear("lm_head", vocab, hidden, Some(false))?;
-                        progress(projection.bytes());
-                        projection
-                    }
-                };
-                let norm = loader.vector("norm.weight", hidden, config.norm_offset)?;
-                progress(tensor_bytes(&norm));
-                Some(Head { norm, projection })
-            }
-        };
-        Ok(Decoder {
-            ropes,
-            masks: MaskCache::new(device.clone(), dtype),
-            embeddings: embeddings.filter(|_| first),
-            device: device.clone(),
-            config,
-            dtype,
-            layers,
-            head,
-        })
+        let dtype = activation_dtype(source, &device.device, dense_type)?;
+        let build = CandleBuild { device: device.device.clone(), cpu: device.cpu.clone(), dtype };
+        let first = range.start;
+        let weights = StageWeights::load(source, &config, range, dense_type, &build, progress)?;
+        let device = build.device;
+        Ok(Decoder { masks: MaskCache::new(device.clone(), dtype), ropes, device, config, dtype, weights, first })
+    }
+
+    /// Bytes of the weights.
+    pub fn weight_bytes(&self) -> u64 {
+        self.weights.bytes
     }
 
     /// Room for one sequence of up to `capacity` positions in this run's layers.
     pub fn new_kv(&self, capacity: usize) -> Result<SequenceKv> {
-        SequenceKv::new(&self.config, self.layers.len(), capacity, self.dtype, &self.device)
+        SequenceKv::new(&self.config, self.weights.layers.len(), capacity, self.dtype, &self.device)
     }
 
     /// Bytes that a position takes in this run's KV.
     pub fn kv_bytes_per_token(&self) -> u64 {
-        (self.layers.len() * self.config.kv_elements_per_token() * self.dtype.size_in_bytes()) as u64
+        (self.weights.layers.len() * self.config.kv_elements_per_token() * self.dtype.size_in_bytes()) as u64
     }
 
     /// Runs the rows of all `sequences` through the layers, writing their keys and values.
     pub fn forward(&mut self, input: Input, sequences: &mut [Rows]) -> Result<Output> {
-        let mut x = match (input, &self.embeddings) {
+        let mut x = match (input, &self.weights.embeddings) {
             (Input::Tokens(tokens), Some(table)) => {
                 let x = table.look_up(tokens, &self.device, self.dtype)?;
                 scale(x, self.config.embedding_multiplier)?
@@ -233,10 +177,10 @@ impl Decoder {
             (Input::Activations(x), None) => x.to_dtype(self.dtype)?,
             _ => return Err(Error::Tensors("only the first stage is given tokens, and nothing else".into())),
         }; // (rows, hidden_size)
-        for index in 0..self.layers.len() {
+        for index in 0..self.weights.layers.len() {
             x = self.layer(index, x, sequences)?;
         }
-        let Some(head) = &self.head else { return Ok(Output::Activations(x)) };
+        let Some(head) = &self.weights.head else { return Ok(Output::Activations(x)) };
         let mut wanted = Vec::new();
         let mut end = 0;
         for rows in sequences.iter() {
@@ -260,7 +204,8 @@ impl Decoder {
 
     /// One layer. `x`: (rows, hidden_size) -> the same.
     fn layer(&mut self, index: usize, x: Tensor, sequences: &mut [Rows]) -> Result<Tensor> {
-        let (layer, config) = (&self.layers[index], &self.config);
+        let (layer, config) = (&self.weights.layers[index], &self.config);
+        let layer_config = &config.layers[self.first + index];
         let norm = |x: &Tensor, weight: &Option<Tensor>| match weight {
             Some(weight) => rms_norm(x, weight, config.rms_norm_eps),
             None => Ok(x.clone()),
@@ -277,7 +222,7 @@ impl Decoder {
             let own = |t: &Tensor| t.narrow(0, start, rows.len)?.transpose(0, 1)?.contiguous();
             let (mut q, mut k, v) = (own(&q)?, own(&k)?, own(&v)?);
             start += rows.len;
-            let rope = match layer.config.rope {
+            let rope = match layer_config.rope {
                 LayerRope::None => None,
                 LayerRope::Global => Some(&self.ropes.global),
                 LayerRope::Local => self.ropes.local.as_ref(),
@@ -287,7 +232,7 @@ impl Decoder {
                 k = rope.rotate(&k.unsqueeze(0)?, rows.position, rows.length)?.squeeze(0)?;
             }
             rows.kv.append(index, rows.position, &k, &v)?;
-            let window = layer.config.sliding_window;
+            let window = layer_config.sliding_window;
             // A long prompt's scores would fill the memory, so its rows are taken in blocks.
             let score_row = config.num_attention_heads * (rows.position + rows.len) * self.dtype.size_in_bytes();
             let most = if self.device.is_cpu() { CPU_SCORE_BYTES } else { GPU_SCORE_BYTES };
@@ -324,7 +269,13 @@ impl Decoder {
     }
 
     /// Projects (rows, hidden_size) to (rows, heads, head_dim), normalised where the model does that.
-    fn heads(&self, x: &Tensor, projection: &Linear, weight: &Option<Tensor>, heads: usize) -> Result<Tensor> {
+    fn heads(
+        &self,
+        x: &Tensor,
+        projection: &Linear<CandleBuild>,
+        weight: &Option<Tensor>,
+        heads: usize,
+    ) -> Result<Tensor> {
         let mut y = projection.forward(x)?; // (rows, heads * head_dim)
         let shape = (y.dim(0)?, heads, self.config.head_dim);
         let eps = self.config.rms_norm_eps;
@@ -334,64 +285,6 @@ impl Decoder {
             (_, QkNorm::None) | (None, _) => {}
         }
         Ok(y.reshape(shape)?)
-    }
-}
-
-impl Layer {
-    fn load(loader: &Loader, config: &DecoderConfig, index: usize) -> Result<Layer> {
-        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-        let q_rows = config.num_attention_heads * config.head_dim;
-        let kv_rows = config.num_key_value_heads * config.head_dim;
-        let name = |part: &str| format!("layers.{index}.{part}");
-        let has = |part: &str| Ok::<_, crate::Error>(loader.source.meta(&name(part))?.is_some());
-        let norm = |part: &str, size: usize, wanted: bool| match wanted {
-            true => loader.vector(&name(part), size, config.norm_offset).map(Some),
-            false => Ok(None),
-        };
-
-        let qkv = name("qkv_proj");
-        let qkv_total = q_rows + 2 * kv_rows;
-        let fused_qkv = has("qkv_proj.weight")?;
-        let attention_input = |part: &str, start: usize, rows: usize| match fused_qkv {
-            true => loader.linear_rows(&qkv, qkv_total, start, rows, hidden, config.qkv_bias),
-            false => loader.linear(&name(part), rows, hidden, config.qkv_bias),
-        };
-        let gate_up = name("gate_up_proj");
-        let fused_gate_up = has("gate_up_proj.weight")?;
-        let mlp_input = |part: &str, start: usize| match fused_gate_up {
-            true => loader.linear_rows(&gate_up, 2 * inner, start, inner, hidden, config.mlp_bias),
-            false => loader.linear(&name(part), inner, hidden, config.mlp_bias),
-        };
-        let (q_norm, k_norm) = match config.qk_norm {
-            QkNorm::None => (0, 0),
-            QkNorm::PerHead => (config.head_dim, config.head_dim),
-            QkNorm::WholeProjection => (q_rows, kv_rows),
-        };
-        Ok(Layer {
-            config: config.layers[index],
-            attn_norm: norm("attn_norm.weight", hidden, config.norms.attn_norm)?,
-            attn_post_norm: norm("attn_post_norm.weight", hidden, config.norms.attn_post_norm)?,
-            mlp_norm: norm("mlp_norm.weight", hidden, config.norms.mlp_norm)?,
-            mlp_post_norm: norm("mlp_post_norm.weight", hidden, config.norms.mlp_post_norm)?,
-            q_proj: attention_input("q_proj", 0, q_rows)?,
-            k_proj: attention_input("k_proj", q_rows, kv_rows)?,
-            v_proj: attention_input("v_proj", q_rows + kv_rows, kv_rows)?,
-            o_proj: loader.linear(&name("o_proj"), hidden, q_rows, config.o_bias)?,
-            q_norm: norm("q_norm.weight", q_norm, q_norm > 0)?,
-            k_norm: norm("k_norm.weight", k_norm, k_norm > 0)?,
-            gate_proj: mlp_input("gate_proj", 0)?,
-            up_proj: mlp_input("up_proj", inner)?,
-            down_proj: loader.linear(&name("down_proj"), hidden, inner, config.mlp_bias)?,
-        })
-    }
-
-    fn bytes(&self) -> u64 {
-        let linears =
-            [&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj, &self.gate_proj, &self.up_proj, &self.down_proj];
-        let norms =
-            [&self.attn_norm, &self.attn_post_norm, &self.mlp_norm, &self.mlp_post_norm, &self.q_norm, &self.k_norm];
-        let norms = norms.into_iter().flatten().map(tensor_bytes);
-        linears.iter().map(|linear| linear.bytes()).chain(norms).sum()
     }
 }
 
@@ -410,10 +303,6 @@ pub fn activation_dtype(source: &dyn WeightSource, device: &Device, dense_type: 
         (true, WeightType::BF16) => DType::BF16,
         _ => DType::F32,
     })
-}
-
-fn tensor_bytes(tensor: &Tensor) -> u64 {
-    (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64
 }
 
 /// `x * factor`, without the pass over x that a factor of 1 would cost.

@@ -1,161 +1,75 @@
-//! Weights as a device holds them: matrices for the projections, the embedding table, and norm weights.
+//! Matrices as candle computes with them.
 
 use std::sync::Arc;
 
 use candle_core::quantized::{QMatMul, QStorage, QTensor};
 use candle_core::{DType, Device, Module, Tensor};
 
+use super::stage_weights::{Build, Linear};
+use crate::device::Cpu;
 use crate::error::{Error, Result};
-use crate::kernels::{self, Rows};
-use crate::weights::{StoredTensor, WeightSource, WeightType};
+use crate::kernels::input::Input;
+use crate::kernels::matrix::{self, Product};
+use crate::weights::WeightType;
 
-/// Reads tensors of one model onto one device.
-pub struct Loader<'a> {
-    /// Where the bytes come from.
-    pub source: &'a dyn WeightSource,
+/// Candle's half of loading: tensors on a device.
+pub struct CandleBuild {
     /// Where they go.
-    pub device: &'a Device,
-    /// F32, F16 and BF16 matrices become this type; `None` leaves them as stored.
-    pub dense_type: Option<WeightType>,
+    pub device: Device,
+    /// The threads of a CPU device.
+    pub cpu: Option<Cpu>,
     /// Type of the activations, which norms and biases have.
-    pub activation_dtype: DType,
+    pub dtype: DType,
 }
 
-impl Loader<'_> {
-    /// The matrix `name` with its bias, `n` rows by `k` columns. `bias` says whether there must be one; `None` takes
-    /// what the file has.
-    pub fn linear(&self, name: &str, n: usize, k: usize, bias: Option<bool>) -> Result<Linear> {
-        self.linear_rows(name, n, 0, n, k, bias)
-    }
+impl Build for CandleBuild {
+    type Matrix = Matrix;
+    type Vector = Tensor;
 
-    /// Rows `start..start + n` of a matrix of `total` rows, for projections that a file stores as one.
-    pub fn linear_rows(
-        &self,
-        name: &str,
-        total: usize,
-        start: usize,
-        n: usize,
-        k: usize,
-        bias: Option<bool>,
-    ) -> Result<Linear> {
-        let weight_name = format!("{name}.weight");
-        let matrix = self.matrix(&weight_name, total, start, n, k)?;
-        let bias_name = format!("{name}.bias");
-        let has_bias = match bias {
-            Some(needed) => needed,
-            None => self.source.meta(&bias_name)?.is_some(),
-        };
-        let bias = match has_bias {
-            true => Some(self.vector(&bias_name, total, 0.0)?.narrow(0, start, n)?.force_contiguous()?),
-            false => None,
-        };
-        Ok(Linear { matrix: Arc::new(matrix), bias })
-    }
-
-    /// The embedding table, or the head tied to it.
-    pub fn table(&self, name: &str, n: usize, k: usize) -> Result<Arc<Matrix>> {
-        Ok(Arc::new(self.matrix(name, n, 0, n, k)?))
-    }
-
-    /// A one-dimensional weight of `n` values, plus `offset`, in the activations' type.
-    pub fn vector(&self, name: &str, n: usize, offset: f32) -> Result<Tensor> {
-        let stored = self.source.tensor(name)?;
-        self.check_shape(name, &stored, &[n])?;
-        let values = widen(&stored).ok_or_else(|| self.wrong(name, "its bytes do not match its shape".into()))?;
-        self.source.release(name);
-        let values: Vec<f32> = values.into_iter().map(|v| v + offset).collect();
-        Ok(Tensor::from_vec(values, n, self.device)?.to_dtype(self.activation_dtype)?)
-    }
-
-    fn matrix(&self, name: &str, total: usize, start: usize, n: usize, k: usize) -> Result<Matrix> {
-        let stored = self.source.tensor(name)?;
-        self.check_shape(name, &stored, &[total, k])?;
-        let dtype = stored.meta.dtype;
-        let row_bytes = dtype
-            .bytes_for(k)
-            .ok_or_else(|| self.wrong(name, format!("rows of {k} values are no whole blocks of {dtype}")))?;
-        let bytes = &stored.bytes[start * row_bytes..(start + n) * row_bytes];
-        let matrix = match self.dense_type {
-            Some(wanted) if dtype.is_dense() && wanted != dtype => {
-                // A few rows at a time, so that the f32 values are never all in memory.
-                let mut converted = Vec::with_capacity(wanted.bytes_for(n * k).unwrap_or(0));
-                for bytes in bytes.chunks(row_bytes * 256) {
-                    let part = StoredTensor { meta: stored.meta.clone(), bytes };
-                    let wide =
-                        widen(&part).ok_or_else(|| self.wrong(name, "its bytes do not match its shape".into()))?;
-                    converted.extend(narrow(&wide, wanted));
-                }
-                self.upload(name, wanted, &converted, n, k)?
-            }
-            _ => self.upload(name, dtype, bytes, n, k)?,
-        };
-        self.source.release(name);
-        Ok(matrix)
-    }
-
-    fn upload(&self, name: &str, dtype: WeightType, bytes: &[u8], n: usize, k: usize) -> Result<Matrix> {
-        if self.device.is_cpu() {
-            let rows = kernels::rows_from_bytes(dtype, bytes, n, k)
-                .ok_or_else(|| self.wrong(name, format!("{} bytes are no {n} by {k} {dtype} matrix", bytes.len())))?;
-            return Ok(Matrix::Rows { rows, n, k });
+    fn matrix(&self, dtype: WeightType, bytes: &[u8], n: usize, k: usize) -> Result<Option<Matrix>> {
+        if let Some(cpu) = &self.cpu {
+            let packed = matrix::Matrix::pack(&cpu.pool, dtype, bytes, n, k);
+            return Ok(packed.map(|matrix| Matrix::Packed { matrix, cpu: cpu.clone() }));
         }
         let dense = match dtype {
             WeightType::F32 => DType::F32,
             WeightType::F16 => DType::F16,
             WeightType::BF16 => DType::BF16,
             quantised => {
-                let storage = QStorage::from_data(bytes.into(), self.device, quantised.ggml())?;
+                let storage = QStorage::from_data(bytes.into(), &self.device, quantised.ggml())?;
                 let tensor = Arc::new(QTensor::new(storage, (n, k))?);
-                return Ok(Matrix::Quantised { matmul: QMatMul::from_arc(tensor.clone())?, tensor });
+                return Ok(Some(Matrix::Quantised { matmul: QMatMul::from_arc(tensor.clone())?, tensor }));
             }
         };
-        Ok(Matrix::Dense(Tensor::from_raw_buffer(bytes, dense, &[n, k], self.device)?))
+        Ok(Some(Matrix::Dense(Tensor::from_raw_buffer(bytes, dense, &[n, k], &self.device)?)))
     }
 
-    fn check_shape(&self, name: &str, stored: &StoredTensor, wanted: &[usize]) -> Result<()> {
-        if stored.meta.shape == wanted {
-            return Ok(());
+    fn vector(&self, values: Vec<f32>) -> Result<Tensor> {
+        let n = values.len();
+        Ok(Tensor::from_vec(values, n, &self.device)?.to_dtype(self.dtype)?)
+    }
+
+    fn matrix_bytes(matrix: &Matrix) -> u64 {
+        match matrix {
+            Matrix::Packed { matrix, .. } => matrix.bytes(),
+            Matrix::Dense(tensor) => Self::vector_bytes(tensor),
+            Matrix::Quantised { tensor, .. } => tensor.storage_size_in_bytes() as u64,
         }
-        Err(self.wrong(name, format!("has shape {:?}, the config asks for {wanted:?}", stored.meta.shape)))
     }
 
-    fn wrong(&self, name: &str, reason: String) -> Error {
-        Error::Tensor { path: self.source.path_of(name).into(), tensor: self.source.stored_name(name), reason }
-    }
-}
-
-/// Values of any stored type as f32.
-fn widen(stored: &StoredTensor) -> Option<Vec<f32>> {
-    let k = *stored.meta.shape.last()?;
-    let row_bytes = stored.meta.dtype.bytes_for(k)?;
-    let n = stored.bytes.len() / row_bytes;
-    let rows = kernels::rows_from_bytes(stored.meta.dtype, stored.bytes, n, k)?;
-    let mut wide = vec![0f32; n * k];
-    for (row, out) in wide.chunks_exact_mut(k).enumerate() {
-        rows.widen_row(row, out);
-    }
-    Some(wide)
-}
-
-/// f32 values as the little-endian bytes of a dense type.
-fn narrow(values: &[f32], dtype: WeightType) -> Vec<u8> {
-    match dtype {
-        WeightType::F16 => values.iter().flat_map(|&v| half::f16::from_f32(v).to_le_bytes()).collect(),
-        WeightType::BF16 => values.iter().flat_map(|&v| half::bf16::from_f32(v).to_le_bytes()).collect(),
-        _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+    fn vector_bytes(tensor: &Tensor) -> u64 {
+        (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64
     }
 }
 
 /// A matrix of `n` rows by `k` columns where the stage runs.
 pub enum Matrix {
-    /// On a CPU: rows as stored, whatever the type.
-    Rows {
+    /// On a CPU, any type.
+    Packed {
         /// The rows.
-        rows: Box<dyn Rows>,
-        /// How many.
-        n: usize,
-        /// Their length.
-        k: usize,
+        matrix: matrix::Matrix,
+        /// What multiplies them.
+        cpu: Cpu,
     },
     /// On a GPU: F32, F16 or BF16, (n, k).
     Dense(Tensor),
@@ -169,24 +83,20 @@ pub enum Matrix {
 }
 
 impl Matrix {
-    /// Bytes on the device.
-    pub fn bytes(&self) -> u64 {
-        match self {
-            Matrix::Rows { rows, .. } => rows.bytes(),
-            Matrix::Dense(tensor) => (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64,
-            Matrix::Quantised { tensor, .. } => tensor.storage_size_in_bytes() as u64,
-        }
-    }
-
     /// `x`: (rows, k) -> (rows, n), in x's type.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match self {
-            Matrix::Rows { rows, n, k } => {
-                let x = x.contiguous()?;
-                let m = x.elem_count() / k;
-                let mut out = vec![0f32; m * n];
-                with_f32(&x, |x| rows.matmul(x, &mut out, m))?;
-                Ok(Tensor::from_vec(out, (m, *n), &Device::Cpu)?)
+            Matrix::Packed { matrix, cpu } => {
+                let values = x.flatten_all()?.to_vec1::<f32>()?;
+                let rows = values.len() / matrix.columns();
+                let mut input = Input::default();
+                input.reset(rows, matrix.columns()).copy_from_slice(&values);
+                if matrix::needs_blocks(matrix.dtype()) {
+                    input.quantise(&cpu.pool, cpu.isa);
+                }
+                let mut out = vec![0f32; rows * matrix.rows()];
+                matrix::multiply(&cpu.pool, cpu.isa, &input, &mut [Product { matrix, out: &mut out }]);
+                Ok(Tensor::from_vec(out, (rows, matrix.rows()), &Device::Cpu)?)
             }
             Matrix::Dense(weight) => Ok(x.to_dtype(weight.dtype())?.matmul(&weight.t()?)?.to_dtype(x.dtype())?),
             // Candle's Metal kernel for several rows ignores where a view starts, so views are copied.
@@ -200,15 +110,14 @@ impl Matrix {
     /// The rows of `tokens`: (tokens, k), in `dtype`.
     pub fn look_up(&self, tokens: &[u32], device: &Device, dtype: DType) -> Result<Tensor> {
         let table = match self {
-            Matrix::Rows { rows, n, k } => {
+            Matrix::Packed { matrix, .. } => {
+                let k = matrix.columns();
                 let mut out = vec![0f32; tokens.len() * k];
-                for (&token, out) in tokens.iter().zip(out.chunks_exact_mut(*k)) {
-                    if token as usize >= *n {
-                        return Err(Error::Tensors(format!("token {token} is outside the {n} rows of the embeddings")));
-                    }
-                    rows.widen_row(token as usize, out);
+                for (&token, out) in tokens.iter().zip(out.chunks_exact_mut(k)) {
+                    check_token(token, matrix.rows())?;
+                    matrix.widen_row(token as usize, out);
                 }
-                return Ok(Tensor::from_vec(out, (tokens.len(), *k), &Device::Cpu)?);
+                return Ok(Tensor::from_vec(out, (tokens.len(), k), &Device::Cpu)?);
             }
             Matrix::Dense(table) => table.index_select(&Tensor::new(tokens, device)?, 0)?,
             Matrix::Quantised { tensor, .. } => tensor.embedding(&Tensor::new(tokens, device)?)?,
@@ -217,31 +126,15 @@ impl Matrix {
     }
 }
 
-/// Lends a contiguous f32 CPU tensor's values.
-fn with_f32<R>(x: &Tensor, body: impl FnOnce(&[f32]) -> R) -> Result<R> {
-    let (storage, layout) = x.storage_and_layout();
-    match &*storage {
-        candle_core::Storage::Cpu(cpu) => {
-            let values = cpu.as_slice::<f32>()?;
-            let start = layout.start_offset();
-            Ok(body(&values[start..start + layout.shape().elem_count()]))
-        }
-        _ => Err(Error::Tensors("a CPU matrix was given another device's activations".into())),
+/// Refuses a token that the embedding table of `rows` rows does not have.
+pub fn check_token(token: u32, rows: usize) -> Result<()> {
+    match (token as usize) < rows {
+        true => Ok(()),
+        false => Err(Error::Tensors(format!("token {token} is outside the {rows} rows of the embeddings"))),
     }
 }
 
-/// A projection: matrix and optional bias.
-pub struct Linear {
-    matrix: Arc<Matrix>,
-    bias: Option<Tensor>,
-}
-
-impl Linear {
-    /// A projection without bias over a matrix that others may share (the tied head).
-    pub fn shared(matrix: Arc<Matrix>) -> Self {
-        Linear { matrix, bias: None }
-    }
-
+impl Linear<CandleBuild> {
     /// `x`: (rows, k) -> (rows, n).
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let out = self.matrix.forward(x)?;
@@ -249,11 +142,5 @@ impl Linear {
             Some(bias) => Ok(out.broadcast_add(bias)?),
             None => Ok(out),
         }
-    }
-
-    /// Bytes of matrix and bias.
-    pub fn bytes(&self) -> u64 {
-        let bias = self.bias.as_ref().map_or(0, |b| b.elem_count() * b.dtype().size_in_bytes());
-        self.matrix.bytes() + bias as u64
     }
 }

@@ -6,6 +6,7 @@ pub mod config;
 pub mod decoder;
 pub mod family;
 pub mod kv_cache;
+pub mod stage_weights;
 pub mod linear;
 pub mod mask;
 pub mod rope;

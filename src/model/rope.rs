@@ -74,6 +74,22 @@ impl RopeCache {
         Ok(Tensor::cat(&[&rotated, &passed.contiguous()?], 3)?)
     }
 
+    /// Leading elements of a head that are rotated.
+    pub fn rotary_dim(&self) -> usize {
+        self.config.rotary_dim
+    }
+
+    /// Copies cos and sin of as many positions as fit, from `position` on: (positions, rotary_dim / 2) each. `length` as
+    /// for [`rotate`](Self::rotate).
+    pub fn copy_rows(&self, position: usize, length: usize, cos: &mut [f32], sin: &mut [f32]) -> Result<()> {
+        let half = self.config.rotary_dim / 2;
+        let tables = self.cos_sin(position, cos.len() / half, length)?;
+        for (table, out) in [(tables.0, cos), (tables.1, sin)] {
+            out.copy_from_slice(&table.flatten_all()?.to_vec1::<f32>()?);
+        }
+        Ok(())
+    }
+
     /// Cos and sin of `seq` positions from `position` on: (seq, rotary_dim / 2) each.
     fn cos_sin(&self, position: usize, seq: usize, length: usize) -> Result<(Tensor, Tensor)> {
         let long = match &self.config.scaling {

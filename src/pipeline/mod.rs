@@ -10,8 +10,11 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::backend::StageSource;
 use crate::device::{DeviceSpec, OpenDevice, free_memory};
 use crate::error::{Error, Result};
+use crate::kernels::kv::KvType;
+use crate::kernels::simd::Isa;
 use crate::model::config::DecoderConfig;
 use crate::model::decoder::{WeightBytes, activation_dtype};
 use crate::model::rope::Ropes;
@@ -34,6 +37,10 @@ pub struct PipelineOptions {
     pub kv_positions: Option<u64>,
     /// Type that F32, F16 and BF16 weights are held in. `None` leaves them as stored; quantised ones always stay.
     pub dtype: Option<WeightType>,
+    /// Type that CPU stages hold keys and values in; GPU stages hold them in their activations' type.
+    pub kv_type: KvType,
+    /// Instructions that CPU stages use, one of [`Isa::available`]. `None` takes the best.
+    pub isa: Option<Isa>,
 }
 
 /// One stage of a plan.
@@ -105,7 +112,7 @@ impl HeterogeneousPipeline {
             Some(length) => length,
             None => limit,
         };
-        let devices = OpenDevice::open_all(devices)?;
+        let devices = OpenDevice::open_all(devices, options.isa.unwrap_or_else(Isa::detect))?;
         let planned_context = match options.context_length {
             Some(length) => length,
             None => limit.min(DEFAULT_PLANNED_CONTEXT),
@@ -150,6 +157,10 @@ impl HeterogeneousPipeline {
         }
         let share = |device: &OpenDevice| free[&device.spec.physical()];
         let kv_per_token = |device: &OpenDevice| -> Result<u64> {
+            if device.cpu.is_some() {
+                let (kv_heads, head_dim) = (self.config.num_key_value_heads, self.config.head_dim);
+                return Ok(self.options.kv_type.bytes_per_position(kv_heads, head_dim));
+            }
             let dtype = activation_dtype(&*self.source, &device.device, self.options.dtype)?;
             Ok((self.config.kv_elements_per_token() * dtype.size_in_bytes()) as u64)
         };
@@ -230,6 +241,19 @@ impl HeterogeneousPipeline {
     /// The rotary tables of each stage's device.
     pub fn ropes(&self) -> &[Arc<Ropes>] {
         &self.ropes
+    }
+
+    /// What stage `stage` is loaded from.
+    pub fn stage_source(&self, stage: usize) -> StageSource {
+        StageSource {
+            weights: self.source.clone(),
+            config: self.config.clone(),
+            layers: self.stages[stage].layers.clone(),
+            device: self.devices[stage].clone(),
+            ropes: self.ropes[stage].clone(),
+            dense_type: self.options.dtype,
+            kv_type: self.options.kv_type,
+        }
     }
 
     /// The options it was made with.

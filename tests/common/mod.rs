@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use candle_pipeline::{
     DeviceSpec, ExecutorOptions, Generation, GenerationOptions, HeterogeneousPipeline, HeterogeneousPipelineExecutor,
-    PipelineOptions, Result,
+    KvType, PipelineOptions, Result,
 };
 
 /// A folder below tests/fixtures.
@@ -26,7 +26,9 @@ pub async fn executor_with(
     options: ExecutorOptions,
 ) -> Result<HeterogeneousPipelineExecutor> {
     let devices = DeviceSpec::parse_list(devices)?;
-    let plan = PipelineOptions { split: split.map(<[usize]>::to_vec), ..PipelineOptions::default() };
+    // Keys and values unrounded, so that what is compared with other programs is the model's arithmetic alone.
+    let plan =
+        PipelineOptions { split: split.map(<[usize]>::to_vec), kv_type: KvType::F32, ..PipelineOptions::default() };
     let pipeline = HeterogeneousPipeline::with_options(&devices, model, plan)?;
     HeterogeneousPipelineExecutor::with_options(pipeline, model, options).await
 }

@@ -15,31 +15,40 @@ pub mod scalar;
 /// Lanes of a vector, whatever the registers' width.
 pub const LANES: usize = 16;
 
-/// An instruction set that kernels are compiled for.
+/// An instruction set that kernels are compiled for and that this CPU has: there is no other way to one than
+/// [`available`](Isa::available).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Isa {
+pub struct Isa(Set);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Set {
     /// AVX-512 F, BW, VL, DQ and VNNI.
+    #[cfg(target_arch = "x86_64")]
     Avx512,
     /// AVX2, FMA and F16C.
+    #[cfg(target_arch = "x86_64")]
     Avx2,
     /// Plain Rust.
     Scalar,
 }
 
 impl Isa {
+    /// Plain Rust, which every CPU has: the reference.
+    pub const SCALAR: Isa = Isa(Set::Scalar);
+
     /// Every instruction set that this CPU has, best first. Plain Rust is always the last.
     pub fn available() -> Vec<Isa> {
         let mut found = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
             if avx512::is_available() {
-                found.push(Isa::Avx512);
+                found.push(Isa(Set::Avx512));
             }
             if avx2::is_available() {
-                found.push(Isa::Avx2);
+                found.push(Isa(Set::Avx2));
             }
         }
-        found.push(Isa::Scalar);
+        found.push(Isa(Set::Scalar));
         found
     }
 
@@ -51,28 +60,30 @@ impl Isa {
 
     /// Its name as options have it.
     pub fn name(self) -> &'static str {
-        match self {
-            Isa::Avx512 => "avx512",
-            Isa::Avx2 => "avx2",
-            Isa::Scalar => "scalar",
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx2 => "avx2",
+            Set::Scalar => "scalar",
         }
     }
 
     /// Runs a kernel compiled for this instruction set.
     ///
     /// # Safety
-    /// The CPU has it, and the kernel's own conditions hold.
+    /// The kernel's own conditions hold.
     #[inline]
     pub unsafe fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        match self {
-            // SAFETY: the caller has checked that the CPU has the instructions.
+        match self.0 {
+            // SAFETY: an `Isa` is one that this CPU has; the kernel's conditions are the caller's.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { avx512::enter(kernel) },
+            Set::Avx512 => unsafe { avx512::enter(kernel) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => unsafe { avx2::enter(kernel) },
-            // SAFETY: plain Rust; the kernel's conditions are the caller's.
-            _ => unsafe { kernel.run::<scalar::Scalar>() },
+            Set::Avx2 => unsafe { avx2::enter(kernel) },
+            // SAFETY: as above.
+            Set::Scalar => unsafe { kernel.run::<scalar::Scalar>() },
         }
     }
 }

@@ -1,0 +1,432 @@
+//! The CPU's own forward pass: a layer is five products and attention over buffers that are kept from step to step, with
+//! the small operations between them fused into what prepares the next product's input.
+//!
+//! The arithmetic is that of [`Decoder`](crate::model::decoder::Decoder), in f32 with keys and values of a chosen type. A
+//! row has the same bits whatever else is in the step, see [`kernels`](crate::kernels).
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+
+use super::{MicroBatch, SequenceId, SequenceSlice, StageBackend, StageBytes, StageOutput, StageSource};
+use crate::device::Cpu;
+use crate::error::{Error, Result};
+use crate::kernels::attention::{AttentionRows, AttentionShape, attend};
+use crate::kernels::input::Input;
+use crate::kernels::kv::{KvType, LayerKv, Strided};
+use crate::kernels::matrix::{Matrix, Product, multiply, needs_blocks};
+use crate::kernels::ops;
+use crate::kernels::rows::{RowsMut, each_row};
+use crate::model::config::{Activation, DecoderConfig, LayerRope, QkNorm};
+use crate::model::linear::check_token;
+use crate::model::rope::{RopeCache, Ropes};
+use crate::model::stage_weights::{Build, HeadWeights, LayerWeights, Linear, StageWeights};
+use crate::weights::WeightType;
+
+/// A run of decoder layers on a CPU, and the keys and values of the sequences that are open in it.
+pub struct CpuBackend {
+    weights: StageWeights<Cpu>,
+    stage: Stage,
+    sequences: HashMap<SequenceId, SequenceKv>,
+    buffers: Buffers,
+}
+
+/// What a forward pass reads besides weights.
+struct Stage {
+    config: Arc<DecoderConfig>,
+    cpu: Cpu,
+    ropes: Arc<Ropes>,
+    kv_type: KvType,
+    /// Index of the first layer in the model.
+    first: usize,
+}
+
+/// Keys and values of one sequence, one entry a layer.
+struct SequenceKv {
+    layers: Vec<LayerKv>,
+}
+
+impl SequenceKv {
+    fn bytes(&self) -> u64 {
+        self.layers.iter().map(LayerKv::bytes).sum()
+    }
+}
+
+/// The values of a step. They grow to the largest step and stay.
+#[derive(Default)]
+struct Buffers {
+    x: Vec<f32>, // (rows, hidden_size), the residual stream
+    input: Input,
+    q: Vec<f32>,      // (rows, heads * head_dim)
+    k: Vec<f32>,      // (rows, kv_heads * head_dim)
+    v: Vec<f32>,      // (rows, kv_heads * head_dim)
+    gate: Vec<f32>,   // (rows, intermediate_size)
+    up: Vec<f32>,     // (rows, intermediate_size)
+    branch: Vec<f32>, // (rows, hidden_size), what is added to x
+    global: Angles,
+    local: Angles,
+}
+
+/// Cos and sin of the step's rows.
+#[derive(Default)]
+struct Angles {
+    cos: Vec<f32>, // (rows, rotary_dim / 2)
+    sin: Vec<f32>, // (rows, rotary_dim / 2)
+}
+
+impl Build for Cpu {
+    type Matrix = Matrix;
+    type Vector = Vec<f32>;
+
+    fn matrix(&self, dtype: WeightType, bytes: &[u8], n: usize, k: usize) -> Result<Option<Matrix>> {
+        Ok(Matrix::pack(&self.pool, dtype, bytes, n, k))
+    }
+
+    fn vector(&self, values: Vec<f32>) -> Result<Vec<f32>> {
+        Ok(values)
+    }
+
+    fn matrix_bytes(matrix: &Matrix) -> u64 {
+        matrix.bytes()
+    }
+
+    fn vector_bytes(vector: &Vec<f32>) -> u64 {
+        size_of_val(vector.as_slice()) as u64
+    }
+}
+
+impl CpuBackend {
+    /// Loads a stage tensor by tensor; `progress` hears of bytes as they arrive.
+    pub fn load(source: &StageSource, cpu: &Cpu, progress: &dyn Fn(u64)) -> Result<Self> {
+        let StageSource { config, layers, ropes, dense_type, kv_type, .. } = source;
+        let weights = StageWeights::load(&*source.weights, config, layers.clone(), *dense_type, cpu, progress)?;
+        let stage = Stage {
+            config: config.clone(),
+            cpu: cpu.clone(),
+            ropes: ropes.clone(),
+            kv_type: *kv_type,
+            first: layers.start,
+        };
+        Ok(CpuBackend { weights, stage, sequences: HashMap::new(), buffers: Buffers::default() })
+    }
+
+    /// Runs the rows of `batch`, whose sequences' keys and values are `kv`, one for each slice.
+    fn run(&mut self, batch: &MicroBatch, input: Option<Tensor>, kv: &mut [SequenceKv]) -> Result<StageOutput> {
+        let CpuBackend { weights, stage, buffers, .. } = self;
+        let config = &*stage.config;
+        let (rows, hidden) = (batch.tokens.len(), config.hidden_size);
+        match (input, &weights.embeddings) {
+            (None, Some(table)) => stage.embed(table, &batch.tokens, grown(&mut buffers.x, rows * hidden))?,
+            (Some(input), None) => {
+                let values = input.flatten_all()?.to_vec1::<f32>()?;
+                if values.len() != rows * hidden {
+                    let shape = input.dims();
+                    return Err(Error::Tensors(format!("activations of shape {shape:?} for {rows} rows of {hidden}")));
+                }
+                buffers.x = values;
+            }
+            _ => return Err(Error::Tensors("only the first stage is given tokens, and nothing else".into())),
+        }
+        buffers.global.fill(&stage.ropes.global, batch)?;
+        if let Some(local) = &stage.ropes.local {
+            buffers.local.fill(local, batch)?;
+        }
+        for (index, layer) in weights.layers.iter().enumerate() {
+            stage.attention(index, layer, batch, kv, buffers)?;
+            stage.mlp(layer, buffers, rows);
+        }
+        match &weights.head {
+            None => Ok(StageOutput::Activations(Tensor::from_slice(
+                &buffers.x[..rows * hidden],
+                (rows, hidden),
+                &Device::Cpu,
+            )?)),
+            Some(head) => Ok(StageOutput::Logits(stage.logits(head, batch, buffers))),
+        }
+    }
+}
+
+impl Stage {
+    fn embed(&self, table: &Matrix, tokens: &[u32], x: &mut [f32]) -> Result<()> {
+        for &token in tokens {
+            check_token(token, table.rows())?;
+        }
+        let factor = self.config.embedding_multiplier as f32;
+        each_row(&self.cpu.pool, [RowsMut::new(x, self.config.hidden_size)], |i, [x]| {
+            table.widen_row(tokens[i] as usize, x);
+            if factor != 1.0 {
+                ops::scale(self.cpu.isa, x, factor);
+            }
+        });
+        Ok(())
+    }
+
+    /// Attention and its residual.
+    fn attention(
+        &self,
+        index: usize,
+        layer: &LayerWeights<Cpu>,
+        batch: &MicroBatch,
+        kv: &mut [SequenceKv],
+        buffers: &mut Buffers,
+    ) -> Result<()> {
+        let (config, Cpu { pool, isa }) = (&*self.config, &self.cpu);
+        let rows = batch.tokens.len();
+        let (heads, kv_heads, head_dim) = (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
+        let (q_width, kv_width) = (heads * head_dim, kv_heads * head_dim);
+        let Buffers { x, input, q, k, v, branch, global, local, .. } = buffers;
+        let (q, k, v) = (grown(q, rows * q_width), grown(k, rows * kv_width), grown(v, rows * kv_width));
+
+        self.norm_into(&x[..rows * config.hidden_size], &layer.attn_norm, input, rows);
+        self.project(input, [(&layer.q_proj, &mut *q), (&layer.k_proj, &mut *k), (&layer.v_proj, &mut *v)]);
+
+        let layer_config = &config.layers[self.first + index];
+        let angles = match layer_config.rope {
+            LayerRope::None => None,
+            LayerRope::Global => Some((&config.rope, &*global)),
+            LayerRope::Local => config.local_rope.as_ref().map(|rope| (rope, &*local)),
+        };
+        let prepare = |values: &mut [f32], row: usize, linear: &Linear<Cpu>, norm: &Option<Vec<f32>>| {
+            self.add_bias(values, linear);
+            let eps = config.rms_norm_eps as f32;
+            match (norm, config.qk_norm) {
+                (Some(weight), QkNorm::WholeProjection) => ops::rms_norm_in_place(*isa, values, weight, eps),
+                (Some(weight), QkNorm::PerHead) => {
+                    values.chunks_exact_mut(head_dim).for_each(|head| ops::rms_norm_in_place(*isa, head, weight, eps))
+                }
+                (_, QkNorm::None) | (None, _) => {}
+            }
+            if let Some((rope, angles)) = angles {
+                let half = rope.rotary_dim / 2;
+                let (cos, sin) = (&angles.cos[row * half..][..half], &angles.sin[row * half..][..half]);
+                for head in values.chunks_exact_mut(head_dim) {
+                    ops::rotate(*isa, &mut head[..rope.rotary_dim], cos, sin, rope.interleaved);
+                }
+            }
+        };
+        let parts = [RowsMut::new(q, q_width), RowsMut::new(k, kv_width), RowsMut::new(v, kv_width)];
+        each_row(pool, parts, |row, [q, k, v]| {
+            prepare(q, row, &layer.q_proj, &layer.q_norm);
+            prepare(k, row, &layer.k_proj, &layer.k_norm);
+            self.add_bias(v, &layer.v_proj);
+        });
+
+        let mut mixed = input.reset(rows, q_width);
+        let mut attention = Vec::with_capacity(batch.slices.len());
+        let mut start = 0;
+        for (slice, kv) in batch.slices.iter().zip(kv) {
+            let (q, k, v) = (
+                rows_of(q, q_width, start, slice.len),
+                rows_of(k, kv_width, start, slice.len),
+                rows_of(v, kv_width, start, slice.len),
+            );
+            let layer_kv = &mut kv.layers[index];
+            layer_kv.append(*isa, slice.position, slice.len, k, v);
+            let (out, rest) = mixed.split_at_mut(slice.len * q_width);
+            mixed = rest;
+            attention.push(AttentionRows {
+                kv: layer_kv,
+                q,
+                position: slice.position,
+                len: slice.len,
+                window: layer_config.sliding_window,
+                out,
+            });
+            start += slice.len;
+        }
+        let shape = AttentionShape {
+            heads,
+            kv_heads,
+            head_dim,
+            scale: config.attention_scale as f32,
+            softcap: config.attn_logit_softcapping.map(|cap| cap as f32),
+        };
+        attend(pool, *isa, &shape, &mut attention);
+
+        let branch = grown(branch, rows * config.hidden_size);
+        self.project(input, [(&layer.o_proj, &mut *branch)]);
+        self.add_branch(x, branch, &layer.o_proj, &layer.attn_post_norm, rows);
+        Ok(())
+    }
+
+    /// The MLP and its residual.
+    fn mlp(&self, layer: &LayerWeights<Cpu>, buffers: &mut Buffers, rows: usize) {
+        let (config, isa) = (&*self.config, self.cpu.isa);
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let Buffers { x, input, gate, up, branch, .. } = buffers;
+        let (gate, up) = (grown(gate, rows * inner), grown(up, rows * inner));
+        self.norm_into(&x[..rows * hidden], &layer.mlp_norm, input, rows);
+        self.project(input, [(&layer.gate_proj, &mut *gate), (&layer.up_proj, &mut *up)]);
+        let activation = match config.activation {
+            Activation::Silu => ops::Activation::Silu,
+            Activation::Gelu => ops::Activation::Gelu,
+            Activation::GeluTanh => ops::Activation::GeluTanh,
+        };
+        let gated = input.reset(rows, inner);
+        let parts = [RowsMut::new(gated, inner), RowsMut::new(gate, inner), RowsMut::new(up, inner)];
+        each_row(&self.cpu.pool, parts, |_, [gated, gate, up]| {
+            self.add_bias(gate, &layer.gate_proj);
+            self.add_bias(up, &layer.up_proj);
+            ops::activate_mul(isa, activation, gate, up);
+            gated.copy_from_slice(gate);
+        });
+        let branch = grown(branch, rows * hidden);
+        self.project(input, [(&layer.down_proj, &mut *branch)]);
+        self.add_branch(x, branch, &layer.down_proj, &layer.mlp_post_norm, rows);
+    }
+
+    /// Logits of the slices that want them, in order.
+    fn logits(&self, head: &HeadWeights<Cpu>, batch: &MicroBatch, buffers: &mut Buffers) -> Vec<Vec<f32>> {
+        let (config, Cpu { pool, isa }) = (&*self.config, &self.cpu);
+        let hidden = config.hidden_size;
+        let mut wanted = Vec::new();
+        let mut end = 0;
+        for slice in &batch.slices {
+            end += slice.len;
+            if slice.logits {
+                wanted.push(end - 1);
+            }
+        }
+        if wanted.is_empty() {
+            return Vec::new();
+        }
+        let Buffers { x, input, .. } = buffers;
+        let normed = input.reset(wanted.len(), hidden);
+        for (&row, normed) in wanted.iter().zip(normed.chunks_exact_mut(hidden)) {
+            ops::rms_norm(*isa, &x[row * hidden..][..hidden], &head.norm, config.rms_norm_eps as f32, normed);
+        }
+        let mut logits = vec![0f32; wanted.len() * config.vocab_size];
+        self.project(input, [(&head.projection, &mut logits)]);
+        each_row(pool, [RowsMut::new(&mut logits, config.vocab_size)], |_, [logits]| {
+            if config.logits_scaling != 1.0 {
+                ops::scale(*isa, logits, (1.0 / config.logits_scaling) as f32);
+            }
+            if let Some(cap) = config.final_logit_softcapping {
+                ops::soft_cap(*isa, logits, cap as f32);
+            }
+        });
+        logits.chunks_exact(config.vocab_size).map(<[f32]>::to_vec).collect()
+    }
+
+    /// The norm of `x` as the next products' input; x itself where the model has no norm.
+    fn norm_into(&self, x: &[f32], weight: &Option<Vec<f32>>, input: &mut Input, rows: usize) {
+        let hidden = self.config.hidden_size;
+        let eps = self.config.rms_norm_eps as f32;
+        let normed = input.reset(rows, hidden);
+        each_row(&self.cpu.pool, [RowsMut::new(normed, hidden)], |row, [normed]| {
+            let x = &x[row * hidden..][..hidden];
+            match weight {
+                Some(weight) => ops::rms_norm(self.cpu.isa, x, weight, eps, normed),
+                None => normed.copy_from_slice(x),
+            }
+        });
+    }
+
+    /// Products of one input, without biases.
+    fn project<const N: usize>(&self, input: &mut Input, projections: [(&Linear<Cpu>, &mut [f32]); N]) {
+        let Cpu { pool, isa } = &self.cpu;
+        if projections.iter().any(|(linear, _)| needs_blocks(linear.matrix.dtype())) {
+            input.quantise(pool, *isa);
+        }
+        let mut products = projections.map(|(linear, out)| Product { matrix: &linear.matrix, out });
+        multiply(pool, *isa, input, &mut products);
+    }
+
+    fn add_bias(&self, values: &mut [f32], linear: &Linear<Cpu>) {
+        if let Some(bias) = &linear.bias {
+            ops::add_scaled(self.cpu.isa, values, bias, 1.0);
+        }
+    }
+
+    /// Bias, norm and scaling of a branch, and its addition to the residual stream.
+    fn add_branch(
+        &self,
+        x: &mut [f32],
+        branch: &mut [f32],
+        linear: &Linear<Cpu>,
+        norm: &Option<Vec<f32>>,
+        rows: usize,
+    ) {
+        let (hidden, isa) = (self.config.hidden_size, self.cpu.isa);
+        let eps = self.config.rms_norm_eps as f32;
+        let factor = self.config.residual_multiplier as f32;
+        let parts = [RowsMut::new(&mut x[..rows * hidden], hidden), RowsMut::new(branch, hidden)];
+        each_row(&self.cpu.pool, parts, |_, [x, branch]| {
+            self.add_bias(branch, linear);
+            if let Some(weight) = norm {
+                ops::rms_norm_in_place(isa, branch, weight, eps);
+            }
+            ops::add_scaled(isa, x, branch, factor);
+        });
+    }
+}
+
+impl Angles {
+    /// Looks up the rows of all slices.
+    fn fill(&mut self, rope: &RopeCache, batch: &MicroBatch) -> Result<()> {
+        let half = rope.rotary_dim() / 2;
+        let rows = batch.tokens.len();
+        let (mut cos, mut sin) = (grown(&mut self.cos, rows * half), grown(&mut self.sin, rows * half));
+        for &SequenceSlice { position, len, length, .. } in &batch.slices {
+            let (own_cos, rest_cos) = cos.split_at_mut(len * half);
+            let (own_sin, rest_sin) = sin.split_at_mut(len * half);
+            rope.copy_rows(position, length, own_cos, own_sin)?;
+            (cos, sin) = (rest_cos, rest_sin);
+        }
+        Ok(())
+    }
+}
+
+/// Rows `start..start + len` of rows of `width` values.
+fn rows_of(values: &[f32], width: usize, start: usize, len: usize) -> Strided<'_> {
+    Strided { values: &values[start * width..(start + len) * width], stride: width }
+}
+
+/// The first `len` values of a buffer that grows to what is asked of it.
+fn grown(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
+    &mut buffer[..len]
+}
+
+impl StageBackend for CpuBackend {
+    fn open(&mut self, id: SequenceId, capacity: usize) -> Result<()> {
+        let config = &self.stage.config;
+        let (kv_type, kv_heads, head_dim) = (self.stage.kv_type, config.num_key_value_heads, config.head_dim);
+        let layers = self.weights.layers.len();
+        let layers = (0..layers).map(|_| LayerKv::new(kv_type, kv_heads, head_dim, capacity)).collect();
+        self.sequences.insert(id, SequenceKv { layers });
+        Ok(())
+    }
+
+    fn close(&mut self, id: SequenceId) {
+        self.sequences.remove(&id);
+    }
+
+    fn forward(&mut self, batch: &MicroBatch, input: Option<Tensor>) -> Result<StageOutput> {
+        // A sequence's KV leaves the table while the step has it: two slices of one sequence cannot alias.
+        let mut kv = Vec::with_capacity(batch.slices.len());
+        let mut missing = None;
+        for slice in &batch.slices {
+            match self.sequences.remove(&slice.id) {
+                Some(sequence) => kv.push(sequence),
+                None => {
+                    missing = Some(slice.id);
+                    break;
+                }
+            }
+        }
+        let output = match missing {
+            Some(id) => Err(Error::Tensors(format!("sequence {} is not open in this stage", id.0))),
+            None => self.run(batch, input, &mut kv),
+        };
+        self.sequences.extend(batch.slices.iter().map(|slice| slice.id).zip(kv));
+        output
+    }
+
+    fn bytes(&self) -> StageBytes {
+        StageBytes { weights: self.weights.bytes, kv: self.sequences.values().map(SequenceKv::bytes).sum() }
+    }
+}

@@ -1,0 +1,295 @@
+//! The weights of a run of layers, read from a [`WeightSource`] tensor by tensor into whatever a device computes with.
+//! [`Build`] is that device's half: it takes bytes and gives back matrices and vectors.
+
+use std::borrow::Cow;
+use std::ops::Range;
+use std::sync::Arc;
+
+use half::{bf16, f16};
+
+use super::config::{DecoderConfig, QkNorm};
+use crate::error::{Error, Result};
+use crate::kernels::dequantise;
+use crate::weights::{StoredTensor, WeightSource, WeightType};
+
+/// Makes a device's matrices and vectors.
+pub trait Build {
+    /// A matrix of a stored type.
+    type Matrix;
+    /// A norm weight or a bias.
+    type Vector;
+
+    /// The `n` by `k` matrix of these bytes; `None` when they are not one.
+    fn matrix(&self, dtype: WeightType, bytes: &[u8], n: usize, k: usize) -> Result<Option<Self::Matrix>>;
+
+    /// A vector.
+    fn vector(&self, values: Vec<f32>) -> Result<Self::Vector>;
+
+    /// Bytes that a matrix holds.
+    fn matrix_bytes(matrix: &Self::Matrix) -> u64;
+
+    /// Bytes that a vector holds.
+    fn vector_bytes(vector: &Self::Vector) -> u64;
+}
+
+/// A projection: matrix and optional bias.
+pub struct Linear<B: Build> {
+    /// (n, k); the tied head shares the embedding table.
+    pub matrix: Arc<B::Matrix>,
+    /// (n)
+    pub bias: Option<B::Vector>,
+}
+
+impl<B: Build> Linear<B> {
+    fn bytes(&self) -> u64 {
+        B::matrix_bytes(&self.matrix) + self.bias.as_ref().map_or(0, B::vector_bytes)
+    }
+}
+
+/// One layer's weights.
+#[allow(missing_docs)]
+pub struct LayerWeights<B: Build> {
+    pub attn_norm: Option<B::Vector>,      // (hidden_size)
+    pub attn_post_norm: Option<B::Vector>, // (hidden_size)
+    pub mlp_norm: Option<B::Vector>,       // (hidden_size)
+    pub mlp_post_norm: Option<B::Vector>,  // (hidden_size)
+    pub q_proj: Linear<B>,
+    pub k_proj: Linear<B>,
+    pub v_proj: Linear<B>,
+    pub o_proj: Linear<B>,
+    pub q_norm: Option<B::Vector>, // (head_dim) or (heads * head_dim)
+    pub k_norm: Option<B::Vector>,
+    pub gate_proj: Linear<B>,
+    pub up_proj: Linear<B>,
+    pub down_proj: Linear<B>,
+}
+
+/// Final norm and head.
+pub struct HeadWeights<B: Build> {
+    /// (hidden_size)
+    pub norm: B::Vector,
+    /// To the vocabulary.
+    pub projection: Linear<B>,
+}
+
+/// All weights of a run of layers.
+pub struct StageWeights<B: Build> {
+    /// The embedding table, of the first run only: (vocab_size, hidden_size).
+    pub embeddings: Option<Arc<B::Matrix>>,
+    /// The layers, in order.
+    pub layers: Vec<LayerWeights<B>>,
+    /// Of the last run only.
+    pub head: Option<HeadWeights<B>>,
+    /// Bytes of all of them.
+    pub bytes: u64,
+}
+
+impl<B: Build> StageWeights<B> {
+    /// Reads the layers `range`. F32, F16 and BF16 matrices become `dense_type`, `None` leaves them as stored. `progress`
+    /// hears of each part's bytes when it is in place.
+    pub fn load(
+        source: &dyn WeightSource,
+        config: &DecoderConfig,
+        range: Range<usize>,
+        dense_type: Option<WeightType>,
+        build: &B,
+        progress: &dyn Fn(u64),
+    ) -> Result<Self> {
+        let reader = Reader { source, dense_type, build };
+        let bytes = std::cell::Cell::new(0);
+        let done = |part: u64| {
+            bytes.set(bytes.get() + part);
+            progress(part);
+        };
+        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        let first = range.start == 0;
+        let last = range.end == config.num_hidden_layers;
+        let tied = is_tied(source, config)?;
+        let embeddings = match first || (last && tied) {
+            true => Some(Arc::new(reader.matrix("embed_tokens.weight", vocab, 0, vocab, hidden)?)),
+            false => None,
+        };
+        done(embeddings.as_deref().map_or(0, B::matrix_bytes));
+        let mut layers = Vec::with_capacity(range.len());
+        for index in range {
+            let layer = LayerWeights::load(&reader, config, index)?;
+            done(layer.bytes());
+            layers.push(layer);
+        }
+        let head = match last {
+            false => None,
+            true => {
+                let projection = match (&embeddings, tied) {
+                    (Some(table), true) => Linear { matrix: table.clone(), bias: None },
+                    _ => {
+                        let projection = reader.linear("lm_head", vocab, hidden, Some(false))?;
+                        done(projection.bytes());
+                        projection
+                    }
+                };
+                let norm = reader.vector("norm.weight", hidden, config.norm_offset)?;
+                done(B::vector_bytes(&norm));
+                Some(HeadWeights { norm, projection })
+            }
+        };
+        Ok(StageWeights { embeddings: embeddings.filter(|_| first), layers, head, bytes: bytes.get() })
+    }
+}
+
+impl<B: Build> LayerWeights<B> {
+    fn load(reader: &Reader<B>, config: &DecoderConfig, index: usize) -> Result<Self> {
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let q_rows = config.num_attention_heads * config.head_dim;
+        let kv_rows = config.num_key_value_heads * config.head_dim;
+        let name = |part: &str| format!("layers.{index}.{part}");
+        let has = |part: &str| Ok::<_, Error>(reader.source.meta(&name(part))?.is_some());
+        let norm = |part: &str, size: usize, wanted: bool| match wanted {
+            true => reader.vector(&name(part), size, config.norm_offset).map(Some),
+            false => Ok(None),
+        };
+
+        let qkv = name("qkv_proj");
+        let qkv_total = q_rows + 2 * kv_rows;
+        let fused_qkv = has("qkv_proj.weight")?;
+        let attention_input = |part: &str, start: usize, rows: usize| match fused_qkv {
+            true => reader.linear_rows(&qkv, qkv_total, start, rows, hidden, config.qkv_bias),
+            false => reader.linear(&name(part), rows, hidden, config.qkv_bias),
+        };
+        let gate_up = name("gate_up_proj");
+        let fused_gate_up = has("gate_up_proj.weight")?;
+        let mlp_input = |part: &str, start: usize| match fused_gate_up {
+            true => reader.linear_rows(&gate_up, 2 * inner, start, inner, hidden, config.mlp_bias),
+            false => reader.linear(&name(part), inner, hidden, config.mlp_bias),
+        };
+        let (q_norm, k_norm) = match config.qk_norm {
+            QkNorm::None => (0, 0),
+            QkNorm::PerHead => (config.head_dim, config.head_dim),
+            QkNorm::WholeProjection => (q_rows, kv_rows),
+        };
+        Ok(LayerWeights {
+            attn_norm: norm("attn_norm.weight", hidden, config.norms.attn_norm)?,
+            attn_post_norm: norm("attn_post_norm.weight", hidden, config.norms.attn_post_norm)?,
+            mlp_norm: norm("mlp_norm.weight", hidden, config.norms.mlp_norm)?,
+            mlp_post_norm: norm("mlp_post_norm.weight", hidden, config.norms.mlp_post_norm)?,
+            q_proj: attention_input("q_proj", 0, q_rows)?,
+            k_proj: attention_input("k_proj", q_rows, kv_rows)?,
+            v_proj: attention_input("v_proj", q_rows + kv_rows, kv_rows)?,
+            o_proj: reader.linear(&name("o_proj"), hidden, q_rows, config.o_bias)?,
+            q_norm: norm("q_norm.weight", q_norm, q_norm > 0)?,
+            k_norm: norm("k_norm.weight", k_norm, k_norm > 0)?,
+            gate_proj: mlp_input("gate_proj", 0)?,
+            up_proj: mlp_input("up_proj", inner)?,
+            down_proj: reader.linear(&name("down_proj"), hidden, inner, config.mlp_bias)?,
+        })
+    }
+
+    fn bytes(&self) -> u64 {
+        let linears =
+            [&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj, &self.gate_proj, &self.up_proj, &self.down_proj];
+        let norms =
+            [&self.attn_norm, &self.attn_post_norm, &self.mlp_norm, &self.mlp_post_norm, &self.q_norm, &self.k_norm];
+        let norms = norms.into_iter().flatten().map(B::vector_bytes);
+        linears.iter().map(|linear| linear.bytes()).chain(norms).sum()
+    }
+}
+
+/// The head is the embedding table where the config says so and the file has no head of its own.
+pub fn is_tied(source: &dyn WeightSource, config: &DecoderConfig) -> Result<bool> {
+    Ok(config.tie_word_embeddings && source.meta("lm_head.weight")?.is_none())
+}
+
+struct Reader<'a, B> {
+    source: &'a dyn WeightSource,
+    dense_type: Option<WeightType>,
+    build: &'a B,
+}
+
+impl<B: Build> Reader<'_, B> {
+    /// The matrix `name` with its bias, `n` rows by `k` columns. `bias` says whether there must be one; `None` takes
+    /// what the file has.
+    fn linear(&self, name: &str, n: usize, k: usize, bias: Option<bool>) -> Result<Linear<B>> {
+        self.linear_rows(name, n, 0, n, k, bias)
+    }
+
+    /// Rows `start..start + n` of a matrix of `total` rows, for projections that a file stores as one.
+    fn linear_rows(
+        &self,
+        name: &str,
+        total: usize,
+        start: usize,
+        n: usize,
+        k: usize,
+        bias: Option<bool>,
+    ) -> Result<Linear<B>> {
+        let matrix = self.matrix(&format!("{name}.weight"), total, start, n, k)?;
+        let bias_name = format!("{name}.bias");
+        let has_bias = match bias {
+            Some(needed) => needed,
+            None => self.source.meta(&bias_name)?.is_some(),
+        };
+        let bias = match has_bias {
+            true => Some(self.build.vector(self.values(&bias_name, total)?[start..start + n].to_vec())?),
+            false => None,
+        };
+        Ok(Linear { matrix: Arc::new(matrix), bias })
+    }
+
+    /// A one-dimensional weight of `n` values, plus `offset`.
+    fn vector(&self, name: &str, n: usize, offset: f32) -> Result<B::Vector> {
+        self.build.vector(self.values(name, n)?.into_iter().map(|v| v + offset).collect())
+    }
+
+    fn values(&self, name: &str, n: usize) -> Result<Vec<f32>> {
+        let stored = self.source.tensor(name)?;
+        self.check_shape(name, &stored, &[n])?;
+        let values = dequantise(stored.meta.dtype, stored.bytes);
+        self.source.release(name);
+        values.ok_or_else(|| self.wrong(name, "its bytes do not match its shape".into()))
+    }
+
+    fn matrix(&self, name: &str, total: usize, start: usize, n: usize, k: usize) -> Result<B::Matrix> {
+        let stored = self.source.tensor(name)?;
+        self.check_shape(name, &stored, &[total, k])?;
+        let dtype = stored.meta.dtype;
+        let row_bytes = dtype
+            .bytes_for(k)
+            .ok_or_else(|| self.wrong(name, format!("rows of {k} values are no whole blocks of {dtype}")))?;
+        let bytes = &stored.bytes[start * row_bytes..(start + n) * row_bytes];
+        let (dtype, bytes) = match self.dense_type {
+            Some(wanted) if dtype.is_dense() && wanted != dtype => (wanted, Cow::Owned(convert(bytes, dtype, wanted))),
+            _ => (dtype, Cow::Borrowed(bytes)),
+        };
+        let matrix = self
+            .build
+            .matrix(dtype, &bytes, n, k)?
+            .ok_or_else(|| self.wrong(name, format!("{} bytes are no {n} by {k} {dtype} matrix", bytes.len())))?;
+        self.source.release(name);
+        Ok(matrix)
+    }
+
+    fn check_shape(&self, name: &str, stored: &StoredTensor, wanted: &[usize]) -> Result<()> {
+        if stored.meta.shape == wanted {
+            return Ok(());
+        }
+        Err(self.wrong(name, format!("has shape {:?}, the config asks for {wanted:?}", stored.meta.shape)))
+    }
+
+    fn wrong(&self, name: &str, reason: String) -> Error {
+        Error::Tensor { path: self.source.path_of(name).into(), tensor: self.source.stored_name(name), reason }
+    }
+}
+
+/// From one dense type to another, a few values at a time, so that they are never all in memory as f32.
+fn convert(bytes: &[u8], from: WeightType, to: WeightType) -> Vec<u8> {
+    const VALUES: usize = 1 << 16;
+    let mut converted = Vec::with_capacity(bytes.len() / from.type_size() * to.type_size());
+    for part in bytes.chunks(VALUES * from.type_size()) {
+        let values = dequantise(from, part).unwrap_or_default();
+        match to {
+            WeightType::F16 => converted.extend(values.into_iter().flat_map(|v| f16::from_f32(v).to_le_bytes())),
+            WeightType::BF16 => converted.extend(values.into_iter().flat_map(|v| bf16::from_f32(v).to_le_bytes())),
+            _ => converted.extend(values.into_iter().flat_map(f32::to_le_bytes)),
+        }
+    }
+    converted
+}
