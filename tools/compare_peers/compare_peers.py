@@ -30,6 +30,8 @@ SHAPES = ["tinyllama-1.1b", "qwen2.5-0.5b", "llama-3.2-1b"]
 DENSE_TYPES = ["f32", "f16", "bf16"]
 DEEP_GENERATE = 32
 BATCH_PROMPT, BATCH_GENERATE = 64, 32
+# Cores that others may use while a program is measured before the table says so.
+DISTURBED = 0.1
 
 # What a CPU must have (names of /proc/cpuinfo) for a build of llama.cpp, and the options that switch it on. AMX stays
 # off in all of them: ggml's AMX path crashes on some virtual machines.
@@ -55,7 +57,8 @@ def run(command, timeout=None, env=None, cwd=None):
     """Runs a program and returns its stdout; a failure carries the end of its stderr."""
     command = [str(part) for part in command]
     try:
-        done = subprocess.run(command, cwd=cwd, env={**os.environ, **(env or {})}, timeout=timeout,
+        environment = {**os.environ, "RUST_BACKTRACE": "0", **(env or {})}
+        done = subprocess.run(command, cwd=cwd, env=environment, timeout=timeout,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
     except FileNotFoundError:
         raise Failure(f"{command[0]} was not found") from None
@@ -63,8 +66,9 @@ def run(command, timeout=None, env=None, cwd=None):
         raise Failure(f"{Path(command[0]).name} took more than {timeout} s: raise --timeout") from None
     if done.returncode != 0:
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
-        tail = "\n".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-15:])
-        raise Failure(f"{Path(command[0]).name} ended with {how}\n  {' '.join(command)}\n{tail}")
+        tail = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-15:]
+        shown = "\n  ".join([" ".join(command), *tail])
+        raise Failure(f"{Path(command[0]).name} ended with {how}: {tail[-1]}\n  {shown}")
     return done.stdout
 
 
@@ -199,7 +203,7 @@ def llama_source(args):
     package = f"llama-cpp-python=={args.llama_version}"
     say(f"downloading the sources of {package}")
     try:
-        run([sys.executable, "-m", "pip", "download", "--no-binary", ":all:", "--no-deps", "--dest", args.cache, package])
+        run([sys.executable, "-m", "pip", "download", "--no-binary", ":all:", "--no-deps", "-d", args.cache, package])
     except Failure as error:
         raise Failure(f"{error}\nWithout a connection give the folder of llama.cpp's sources as --llama-source, "
                       "or leave it out with --skip llama.") from None
@@ -300,6 +304,21 @@ class Others:
         return {"others": max(0.0, busy1 - busy0) / passed, "stolen": (steal1 - steal0) / passed}
 
 
+def wait_until_quiet(limit):
+    """Waits until nothing else uses the machine, so many seconds at most."""
+    until = time.monotonic() + limit
+    told = False
+    while time.monotonic() < until:
+        others = Others()
+        time.sleep(1)
+        cores = others.cores()
+        if not cores or cores["others"] + cores["stolen"] < DISTURBED:
+            return
+        if not told:
+            say(f"  waiting: others keep {cores['others']:.1f} cores busy")
+            told = True
+
+
 def programs_of(args, paths, llama_folders, shape, dtype, gguf):
     programs = [CasesProgram(OURS, [paths["bench_batch"], "--model", gguf, "--devices", f"cpu@threads={args.threads}",
                                     "--output-format", "none"])]
@@ -331,6 +350,8 @@ def measure_model(args, paths, llama_folders, measures, shape, dtype, results):
             if program.name in result["failures"]:
                 continue
             say(f"{shape} {dtype}, round {number} of {args.rounds}: {program.name}")
+            if args.wait_quiet:
+                wait_until_quiet(args.wait_quiet)
             others = Others()
             try:
                 rates = program.measure(measures, args.timeout)
@@ -422,6 +443,14 @@ def markdown(report):
             lines += [f"File {result['file_bytes'] / 1e6:.0f} MB, {result['bytes_per_token'] / 1e6:.0f} MB read a token; "
                       f"memory is read at {bandwidth['median']:.1f} GB/s ({bandwidth['min']:.1f} to "
                       f"{bandwidth['max']:.1f}), which allows {result['bound_tokens_per_second']:.1f} tokens/s.", ""]
+        disturbed = {
+            program: max((c["others"] + c["stolen"] for c in cores if c), default=0.0)
+            for program, cores in result["cores"].items()
+        }
+        disturbed = {program: cores for program, cores in disturbed.items() if cores > DISTURBED}
+        if disturbed:
+            cores = ", ".join(f"{cores:.1f} cores beside {program}" for program, cores in disturbed.items())
+            lines += [f"**Something else was running, up to {cores}: measure again on a quiet machine.**", ""]
         lines += ["| measure | program | min | median | max | ratio | of the bound |", "|---|---|---|---|---|---|---|"]
         for name, rows in result["summary"].items():
             for program, row in rows.items():
@@ -430,16 +459,7 @@ def markdown(report):
                 lines.append(f"| {name} | {program} | {row['min']:.2f} | {row['median']:.2f} | {row['max']:.2f} "
                              f"| {ratio} | {share} |")
         lines += [""] + [f"{program} failed: {text.splitlines()[0]}" for program, text in result["failures"].items()]
-        disturbed = {
-            program: max((c["others"] + c["stolen"] for c in cores if c), default=0.0)
-            for program, cores in result["cores"].items()
-        }
-        disturbed = {program: cores for program, cores in disturbed.items() if cores > 0.1}
-        if disturbed:
-            lines.append("Something else was running: up to "
-                         + ", ".join(f"{cores:.1f} cores beside {program}" for program, cores in disturbed.items())
-                         + ". Measure again on a quiet machine.")
-    return "\n".join(line for line in lines).rstrip() + "\n"
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def arguments():
@@ -468,6 +488,8 @@ def arguments():
     measure.add_argument("--depth", type=positive, default=2000, help="context of `deep`")
     measure.add_argument("--batch-sizes", type=numbers, default="1,4,16", help="numbers of sequences of `batch`")
     measure.add_argument("--timeout", type=positive, default=1800, help="seconds that a program may take in a round")
+    measure.add_argument("--wait-quiet", type=positive, metavar="SECONDS",
+                         help="before each turn wait so long at most until nothing else uses the machine")
     measure.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
     build = parser.add_argument_group("building")
     build.add_argument("--cache", type=Path, default=ROOT / "target" / "compare_peers",
@@ -514,17 +536,19 @@ def main():
         return 0
     report = {"machine": machine_and_versions(args, cpu, source, llama_folders), "models": []}
     stopped = False
-    try:
-        for shape in args.shapes:
-            for dtype in args.types:
-                measure_model(args, paths, llama_folders, measures, shape, dtype, report["models"])
-    except KeyboardInterrupt:
-        say("interrupted: what has been measured so far follows")
-        stopped = True
-    for result in report["models"]:
-        summarise(result)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    for shape, dtype in ((shape, dtype) for shape in args.shapes for dtype in args.types):
+        try:
+            measure_model(args, paths, llama_folders, measures, shape, dtype, report["models"])
+        except KeyboardInterrupt:
+            say("interrupted: what has been measured so far follows")
+            stopped = True
+        if report["models"]:
+            summarise(report["models"][-1])
+        # After each model, so that a long run that is lost leaves what it has.
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
+        if stopped:
+            break
     print(markdown(report), end="")
     return 1 if stopped or any(result["failures"] for result in report["models"]) else 0
 
