@@ -15,6 +15,7 @@ import platform
 import re
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -524,6 +525,8 @@ def build_llamas(args, cpu):
 
 
 def main():
+    # Being ended is as good as an interrupt: the program that runs is ended too, and the table is printed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     args = arguments()
     measures = measures_of(args)
     cpu = cpu_info()
