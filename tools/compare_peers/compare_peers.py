@@ -204,7 +204,9 @@ def llama_source(args):
     package = f"llama-cpp-python=={args.llama_version}"
     say(f"downloading the sources of {package}")
     try:
-        run([sys.executable, "-m", "pip", "download", "--no-binary", ":all:", "--no-deps", "-d", args.cache, package])
+        # Only this package as sources: pip also fetches what would build it, and that should not be compiled.
+        run([sys.executable, "-m", "pip", "download", "--no-binary", "llama-cpp-python", "--no-deps", "-d", args.cache,
+             package])
     except Failure as error:
         raise Failure(f"{error}\nWithout a connection give the folder of llama.cpp's sources as --llama-source, "
                       "or leave it out with --skip llama.") from None
