@@ -3,11 +3,13 @@
 //! ```text
 //! cargo run --release --example make_model -- --shape tinyllama-1.1b --type f16 --out /tmp/tinyllama
 //! cargo run --release --example make_model -- --shape qwen2.5-0.5b --type q4_k --out /tmp/qwen.gguf
+//! cargo run --release --example make_model -- --type q4_k_m --out /tmp/tinyllama.gguf
 //! cargo run --release --example make_model -- --shape custom --hidden-size 512 --layers 4 --out /tmp/small
 //! ```
 //!
 //! An output that ends in `.gguf` is a GGUF file of any supported type, with norms in F32 as usual; any other is a folder
 //! with config.json and safetensors in F32, F16 or BF16. The output is nonsense, the arithmetic and the bytes are real.
+//! GGUF files say that they have no tokenizer, in the way that llama.cpp loads too.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -40,7 +42,8 @@ struct Arguments {
     /// Shape of the model.
     #[arg(long, value_enum, default_value = "tinyllama-1.1b")]
     shape: ShapeName,
-    /// Type of the matrices: f32, f16, bf16, and for GGUF also q4_0 q4_1 q5_0 q5_1 q8_0 q2_k q3_k q4_k q5_k q6_k.
+    /// Type of the matrices: f32, f16, bf16, and for GGUF also q4_0 q4_1 q5_0 q5_1 q8_0 q2_k q3_k q4_k q5_k q6_k, and
+    /// the mixtures q4_k_m q5_k_m.
     #[arg(long = "type", default_value = "f16")]
     dtype: String,
     /// Folder, or file that ends in .gguf.
@@ -190,6 +193,92 @@ impl Shape {
     }
 }
 
+/// How the matrices of a file are stored.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Storage {
+    /// All in one type.
+    Pure(WeightType),
+    /// llama.cpp's mixtures Q4_K_M and Q5_K_M: this type, and Q6_K where more bits help most.
+    Mixture(WeightType),
+}
+
+impl Storage {
+    fn parse(name: &str) -> Result<Storage> {
+        let wanted = name.to_ascii_uppercase();
+        match wanted.as_str() {
+            "Q4_K_M" => return Ok(Storage::Mixture(WeightType::Q4_K)),
+            "Q5_K_M" => return Ok(Storage::Mixture(WeightType::Q5_K)),
+            _ => {}
+        }
+        let Some(dtype) = WeightType::ALL.into_iter().find(|dtype| dtype.name() == wanted) else {
+            let known: Vec<String> = WeightType::ALL.iter().map(|dtype| dtype.name().to_ascii_lowercase()).collect();
+            bail!("--type {name}: one of {}, q4_k_m, q5_k_m", known.join(", "));
+        };
+        Ok(Storage::Pure(dtype))
+    }
+
+    /// The type of a tensor in GGUF.
+    fn of(self, shape: &Shape, name: &str, dims: &[usize]) -> GgmlDType {
+        let [_, columns] = *dims else { return GgmlDType::F32 };
+        let head = name == "output.weight" || (shape.tied && name == "token_embd.weight");
+        let wanted = match self {
+            Storage::Pure(dtype) => dtype.ggml(),
+            Storage::Mixture(_) if head || more_bits(name, shape.layers) => GgmlDType::Q6K,
+            Storage::Mixture(base) => base.ggml(),
+        };
+        if columns.is_multiple_of(wanted.block_size()) {
+            return wanted;
+        }
+        // Rows that are no whole number of blocks are stored in a type of smaller blocks, as llama.cpp does.
+        let smaller = match wanted {
+            GgmlDType::Q2K | GgmlDType::Q3K => GgmlDType::Q4_0,
+            GgmlDType::Q4K => GgmlDType::Q5_0,
+            GgmlDType::Q5K => GgmlDType::Q5_1,
+            GgmlDType::Q6K => GgmlDType::Q8_0,
+            _ => GgmlDType::F16,
+        };
+        if columns.is_multiple_of(smaller.block_size()) { smaller } else { GgmlDType::F16 }
+    }
+
+    /// What `general.file_type` says, as far as llama.cpp has a number for it.
+    fn file_type(self) -> Option<u32> {
+        let dtype = match self {
+            Storage::Mixture(WeightType::Q4_K) => return Some(15),
+            Storage::Mixture(_) => return Some(17),
+            Storage::Pure(dtype) => dtype,
+        };
+        let number = match dtype.ggml() {
+            GgmlDType::F32 => 0,
+            GgmlDType::F16 => 1,
+            GgmlDType::BF16 => 32,
+            GgmlDType::Q4_0 => 2,
+            GgmlDType::Q4_1 => 3,
+            GgmlDType::Q8_0 => 7,
+            GgmlDType::Q5_0 => 8,
+            GgmlDType::Q5_1 => 9,
+            GgmlDType::Q2K => 10,
+            GgmlDType::Q3K => 11,
+            GgmlDType::Q4K => 14,
+            GgmlDType::Q5K => 16,
+            GgmlDType::Q6K => 18,
+            _ => return None,
+        };
+        Some(number)
+    }
+}
+
+/// Whether a mixture stores this matrix in Q6_K: values and down projections of the first and last eighth of the layers,
+/// and of every third between.
+fn more_bits(name: &str, layers: usize) -> bool {
+    let mut parts = name.split('.');
+    let (Some("blk"), Some(layer), Some("attn_v" | "ffn_down")) = (parts.next(), parts.next(), parts.next()) else {
+        return false;
+    };
+    let Ok(layer) = layer.parse::<usize>() else { return false };
+    let (first, last) = (layers / 8, 7 * layers / 8);
+    layer < first || layer >= last || (layer - first) % 3 == 2
+}
+
 /// Values of one tensor. Matrices are uniform with the spread that keeps activations of one size from layer to layer,
 /// norms are near 1. Each row has its own generator, so the values do not depend on the number of threads.
 fn values(seed: u64, tensor: usize, name: &str, shape: &[usize]) -> Vec<f32> {
@@ -214,35 +303,25 @@ fn values(seed: u64, tensor: usize, name: &str, shape: &[usize]) -> Vec<f32> {
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let shape = Shape::new(&arguments)?;
-    let wanted = arguments.dtype.to_ascii_uppercase();
-    let Some(dtype) = WeightType::ALL.into_iter().find(|dtype| dtype.name() == wanted) else {
-        let known: Vec<String> = WeightType::ALL.iter().map(|dtype| dtype.name().to_ascii_lowercase()).collect();
-        bail!("--type {}: one of {}", arguments.dtype, known.join(", "));
-    };
+    let storage = Storage::parse(&arguments.dtype)?;
     let is_gguf = arguments.out.extension().is_some_and(|extension| extension == "gguf");
-    match is_gguf {
-        true => write_gguf(&arguments, &shape, dtype),
-        false if dtype.is_dense() => write_safetensors(&arguments, &shape, dtype),
-        false => bail!("--type {dtype} needs an --out that ends in .gguf"),
+    match storage {
+        _ if is_gguf => write_gguf(&arguments, &shape, storage),
+        Storage::Pure(dtype) if dtype.is_dense() => write_safetensors(&arguments, &shape, dtype),
+        _ => bail!("--type {} needs an --out that ends in .gguf", arguments.dtype),
     }
     .with_context(|| format!("writing {}", arguments.out.display()))?;
     eprintln!("wrote {}", arguments.out.display());
     Ok(())
 }
 
-fn write_gguf(arguments: &Arguments, shape: &Shape, dtype: WeightType) -> Result<()> {
+fn write_gguf(arguments: &Arguments, shape: &Shape, storage: Storage) -> Result<()> {
     let tensors = shape.tensors();
     let stored: Vec<(String, QTensor)> = tensors
         .into_par_iter()
         .enumerate()
         .map(|(index, (gguf, _, dims))| {
-            // Rows that are no whole number of blocks are stored wider, as llama.cpp does.
-            let fits = dims[dims.len() - 1].is_multiple_of(dtype.block_size());
-            let stored_type = match (dims.len(), fits) {
-                (1, _) => GgmlDType::F32,
-                (_, true) => dtype.ggml(),
-                (_, false) => GgmlDType::Q8_0,
-            };
+            let stored_type = storage.of(shape, &gguf, &dims);
             let tensor = Tensor::from_vec(values(arguments.seed, index, &gguf, &dims), dims, &Device::Cpu)?;
             Ok((gguf, QTensor::quantize(&tensor, stored_type)?))
         })
@@ -250,7 +329,7 @@ fn write_gguf(arguments: &Arguments, shape: &Shape, dtype: WeightType) -> Result
     let architecture = shape.architecture;
     let key = |name: &str| format!("{architecture}.{name}");
     let number = |value: usize| Value::U32(value as u32);
-    let metadata = [
+    let mut metadata = vec![
         ("general.architecture".to_string(), Value::String(architecture.into())),
         ("general.name".into(), Value::String("random weights".into())),
         (key("block_count"), number(shape.layers)),
@@ -263,7 +342,10 @@ fn write_gguf(arguments: &Arguments, shape: &Shape, dtype: WeightType) -> Result
         (key("rope.freq_base"), Value::F32(shape.rope_theta as f32)),
         (key("rope.dimension_count"), number(shape.hidden_size / shape.heads)),
         (key("vocab_size"), number(shape.vocab_size)),
+        ("tokenizer.ggml.model".into(), Value::String("none".into())),
+        ("general.quantization_version".into(), number(2)),
     ];
+    metadata.extend(storage.file_type().map(|number| ("general.file_type".into(), Value::U32(number))));
     let metadata: Vec<(&str, &Value)> = metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
     let stored: Vec<(&str, &QTensor)> = stored.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     let mut file = BufWriter::with_capacity(1 << 20, File::create(&arguments.out)?);

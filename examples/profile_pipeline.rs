@@ -35,6 +35,11 @@ impl Latencies {
         Ok(Latencies(Histogram::new_with_bounds(1, 3_600_000_000, 3)?))
     }
 
+    /// How often the median fits in a second; 0 without samples.
+    fn median_rate(&self) -> f64 {
+        if self.0.is_empty() { 0.0 } else { 1e6 / self.0.value_at_quantile(0.50) as f64 }
+    }
+
     fn json(&self) -> serde_json::Value {
         serde_json::json!({
             "samples": self.0.len(),
@@ -109,6 +114,8 @@ async fn run() -> anyhow::Result<()> {
                 "output_tokens": output_tokens,
                 "total_us": total.as_micros() as u64,
                 "tokens_per_second": rate,
+                "prefill_tokens_per_second": input_tokens as f64 / runs as f64 * ttft.median_rate(),
+                "decode_tokens_per_second": itl.median_rate(),
                 "ttft": ttft.json(),
                 "itl": itl.json(),
             })

@@ -1,6 +1,8 @@
 //! What the examples share: flags, loading with a progress bar, and output.
 #![allow(dead_code)] // each example uses a part
 
+pub mod cases;
+
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
