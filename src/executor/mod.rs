@@ -47,9 +47,11 @@ pub struct ExecutorOptions {
     /// smaller number keeps the streams flowing, a larger one computes prompts sooner. `None` measures: as many as double
     /// the time of a step without prompts.
     pub token_budget: Option<usize>,
-    /// Micro-batches in flight. `None` is one for each stage, so that all of them have work; 1 leaves all stages but one
-    /// idle at any time.
+    /// Micro-batches that the running sequences are spread over. `None` is one for each stage, so that each has work.
     pub micro_batches: Option<usize>,
+    /// Micro-batches in flight, at most `micro_batches`. `None` is all of them; 1 switches the overlap of stages off, to
+    /// see what it gains.
+    pub in_flight: Option<usize>,
     /// Sequences that run at once; more requests wait. A larger number raises throughput and inter-token latency.
     pub max_sequences: usize,
     /// Requests that may wait for admission before further ones are refused with [`Error::Busy`]. `None` lets any number
@@ -72,6 +74,7 @@ impl Default for ExecutorOptions {
             prefill_chunk: 256,
             token_budget: None,
             micro_batches: None,
+            in_flight: None,
             max_sequences: 256,
             queue_limit: None,
             prefix_cache: 8192,
@@ -89,6 +92,7 @@ impl ExecutorOptions {
             ("prefill_chunk", Some(self.prefill_chunk)),
             ("token_budget", self.token_budget),
             ("micro_batches", self.micro_batches),
+            ("in_flight", self.in_flight),
             ("max_sequences", Some(self.max_sequences)),
             ("queue_limit", self.queue_limit),
         ];
@@ -632,11 +636,13 @@ fn limits(pipeline: &HeterogeneousPipeline, options: &ExecutorOptions) -> Limits
     let config = pipeline.config();
     let kv_positions = |stage: &StagePlan| stage.kv_budget / stage.kv_bytes_per_token.max(1);
     let scaling = &config.rope.scaling;
+    let micro_batches = options.micro_batches.unwrap_or(pipeline.stages().len());
     Limits {
         context_length: pipeline.context_length(),
         prefill_chunk: options.prefill_chunk,
         token_budget: options.token_budget,
-        micro_batches: options.micro_batches.unwrap_or(pipeline.stages().len()),
+        micro_batches,
+        in_flight: options.in_flight.map_or(micro_batches, |in_flight| in_flight.min(micro_batches)),
         max_sequences: options.max_sequences,
         kv_positions: pipeline.stages().iter().map(kv_positions).min().unwrap_or(0) as usize,
         prefix_cache: options.prefix_cache,

@@ -61,8 +61,10 @@ pub struct Limits {
     pub prefill_chunk: usize,
     /// Rows of a micro-batch with decode steps; `None` measures.
     pub token_budget: Option<usize>,
-    /// Micro-batches in flight.
+    /// Micro-batches that decode steps are spread over.
     pub micro_batches: usize,
+    /// How many of them are in flight at once.
+    pub in_flight: usize,
     /// Sequences that run at once.
     pub max_sequences: usize,
     /// Positions that every stage has KV for.
@@ -375,9 +377,9 @@ impl Scheduler {
 
     /// Sends micro-batches until enough are in flight.
     fn dispatch(&mut self) {
-        while self.steps.len() < self.limits.micro_batches {
+        while self.steps.len() < self.limits.in_flight {
             let decoding = self.active.values().filter(|sequence| sequence.is_decoding()).count();
-            let (ready, free) = (self.decodes.len(), self.limits.micro_batches - self.steps.len());
+            let (ready, free) = (self.decodes.len(), self.limits.in_flight - self.steps.len());
             let decode_rows = decode_rows(decoding, self.limits.micro_batches, ready, free);
             let pending = self.prefills.iter().map(|id| self.active[id].pending());
             let prefill_rows = self.budget.prefill_rows(decoding, decode_rows);
@@ -477,17 +479,18 @@ impl Scheduler {
     /// Ends an active sequence, and keeps its KV if that may be of use.
     fn finish(&mut self, id: SequenceId, reason: FinishReason) {
         let Some(mut sequence) = self.take_out(id) else { return };
-        sequence.report_finish(reason);
         let capacity = sequence.capacity;
-        if !sequence.request.options.reuse_prefix {
-            return self.close(id, capacity);
+        if sequence.request.options.reuse_prefix {
+            let tokens = sequence.tokens[..sequence.computed].to_vec();
+            let rotations = self.limits.rotations(sequence.kv_length);
+            for evicted in self.prefixes.insert(Retained { id, tokens, capacity, rotations }) {
+                self.close(evicted.id, evicted.capacity);
+            }
+            self.prefix_counters.publish(&self.prefixes);
+        } else {
+            self.close(id, capacity);
         }
-        sequence.tokens.truncate(sequence.computed);
-        let rotations = self.limits.rotations(sequence.kv_length);
-        for evicted in self.prefixes.insert(Retained { id, tokens: sequence.tokens, capacity, rotations }) {
-            self.close(evicted.id, evicted.capacity);
-        }
-        self.prefix_counters.publish(&self.prefixes);
+        sequence.report_finish(reason);
     }
 
     fn forget_deadline(&mut self, request: &Request) {
