@@ -442,12 +442,16 @@ impl HeterogeneousPipelineExecutor {
         let retained = self.inner.prefix_counters.retained_positions.load(Ordering::Relaxed);
         counters
             .zip(self.stages())
-            .map(|(counters, stage)| StageMemory {
-                device: stage.device,
-                weights: counters.weight_bytes.load(Ordering::Relaxed),
-                kv: counters.kv_bytes.load(Ordering::Relaxed),
-                kv_retained: retained * stage.kv_bytes_per_token,
-                kv_budget: stage.kv_budget,
+            .map(|(counters, stage)| {
+                let kv = counters.kv_bytes.load(Ordering::Relaxed);
+                StageMemory {
+                    device: stage.device,
+                    weights: counters.weight_bytes.load(Ordering::Relaxed),
+                    kv,
+                    // The stage may have freed already what was kept a moment ago.
+                    kv_retained: (retained * stage.kv_bytes_per_token).min(kv),
+                    kv_budget: stage.kv_budget,
+                }
             })
             .collect()
     }

@@ -315,6 +315,9 @@ impl Scheduler {
             && let Some(request) = self.waiting.front()
         {
             let capacity = capacity(request.prompt.len(), request.options.max_tokens, self.limits.context_length);
+            if !self.fits(capacity) {
+                return;
+            }
             let prefix = self.shared_prefix(request);
             if !self.make_room(capacity, prefix.map(|(from, _)| from)) {
                 return;
@@ -361,13 +364,20 @@ impl Scheduler {
             .max_by_key(|(_, shared)| *shared)
     }
 
+    /// Whether there would be KV for `capacity` positions if nothing were kept and all that is ending were freed. Alone
+    /// every request fits (that was checked when it was submitted), so somebody's end makes room.
+    fn fits(&self, capacity: usize) -> bool {
+        let running: usize = self.active.values().map(|sequence| sequence.capacity).sum();
+        running + capacity <= self.limits.kv_positions
+    }
+
     /// Whether there is KV for `capacity` positions now. If not, kept KV is given up, `spared` last; it is there as soon
     /// as the stages have freed it.
     fn make_room(&mut self, capacity: usize, spared: Option<SequenceId>) -> bool {
         let mut used = self.kv_used - self.closing.values().sum::<usize>();
-        while used + capacity > self.limits.kv_positions {
-            // Alone every request fits (that was checked when it was submitted), so somebody's end makes room.
-            let Some(entry) = self.prefixes.evict(spared) else { break };
+        while used + capacity > self.limits.kv_positions
+            && let Some(entry) = self.prefixes.evict(spared)
+        {
             used -= entry.capacity;
             self.close(entry.id, entry.capacity);
             self.prefix_counters.publish(&self.prefixes);
@@ -378,7 +388,7 @@ impl Scheduler {
     /// Sends micro-batches until enough are in flight.
     fn dispatch(&mut self) {
         while self.steps.len() < self.limits.in_flight {
-            let decoding = self.active.values().filter(|sequence| sequence.is_decoding()).count();
+            let decoding = self.active.values().filter(|sequence| sequence.decoding).count();
             let (ready, free) = (self.decodes.len(), self.limits.in_flight - self.steps.len());
             let decode_rows = decode_rows(decoding, self.limits.micro_batches, ready, free);
             let pending = self.prefills.iter().map(|id| self.active[id].pending());
@@ -440,10 +450,13 @@ impl Scheduler {
             Err(error) => self.fail(id, error),
             Ok(Some(reason)) => self.finish(id, reason),
             Ok(None) if self.limits.recompute_at == Some(sequence.tokens.len()) => {
-                (sequence.sent, sequence.computed) = (0, 0);
+                (sequence.sent, sequence.computed, sequence.decoding) = (0, 0, false);
                 self.prefills.push_back(id);
             }
-            Ok(None) => self.decodes.push_back(id),
+            Ok(None) => {
+                sequence.decoding = true;
+                self.decodes.push_back(id);
+            }
         }
     }
 

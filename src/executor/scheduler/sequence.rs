@@ -137,6 +137,8 @@ pub struct Sequence {
     pub computed: usize,
     /// Length that the stages were told with the latest step; it settles the rotations of what is computed.
     pub kv_length: usize,
+    /// Whether its next step, ready or in flight, is of the one token that was chosen last.
+    pub decoding: bool,
     /// Positions that KV is set aside for.
     pub capacity: usize,
     /// Prompt tokens whose KV was taken over.
@@ -155,6 +157,7 @@ impl Sequence {
             sent: reused,
             computed: reused,
             kv_length: request.prompt.len(),
+            decoding: false,
             capacity,
             reused,
             sampler: Sampler::new(&request.options, request.seed, &request.prompt),
@@ -172,11 +175,6 @@ impl Sequence {
     /// Tokens generated so far.
     pub fn generated(&self) -> usize {
         self.tokens.len() - self.request.prompt.len()
-    }
-
-    /// Whether its steps are of one row.
-    pub fn is_decoding(&self) -> bool {
-        self.generated() > 0 && self.pending() <= 1
     }
 
     /// Tells the caller that the prompt has been computed.
