@@ -401,6 +401,47 @@ async fn a_running_sequence_shares_its_prefix_and_both_go_their_own_ways() {
 }
 
 #[tokio::test]
+async fn a_batch_with_one_beginning_computes_it_once() {
+    let meddling = Arc::new(Meddling::default());
+    let executor = on_two_stages(meddling.options()).await;
+    let prompts: Vec<Vec<u32>> = (0..8).map(|seed| [prompt(1, 300), prompt(2 + seed, 5)].concat()).collect();
+    let wanted = executor.infer_batch_with(&prompts, &plain(6)).await.unwrap();
+    meddling.log.lock().unwrap().clear();
+    let found = executor.infer_batch_with(&prompts, &reusing(6)).await.unwrap();
+    let reused: Vec<_> = found.iter().map(|generation| generation.reused_tokens).collect();
+    assert_eq!(reused, [0, 300, 300, 300, 300, 300, 300, 300]);
+    assert!(found.iter().zip(&wanted).all(|(found, wanted)| found.tokens == wanted.tokens));
+    let rows: usize = meddling.log.lock().unwrap().iter().map(|(_, batch, ..)| batch.tokens.len()).sum();
+    assert_eq!(rows / 2, 300 + 8 * 5 + 8 * 5);
+    assert_memory_returns(&executor).await;
+
+    // Those that wait do not hang on the first: it may be dropped or fail, and they too.
+    for error in [false, true] {
+        meddling.delay_ms.store(10, Ordering::SeqCst);
+        let mut streams: Vec<_> =
+            prompts.iter().map(|prompt| executor.infer_stream_with(prompt.clone(), &reusing(6))).collect();
+        if error {
+            meddling.error_at.store(meddling.second_stage.load(Ordering::SeqCst) + 1, Ordering::SeqCst);
+            assert!(matches!(drain(streams.remove(0)).await, (1, Some(Err(Error::StageFailed { .. })))));
+        } else {
+            let passes = meddling.passes.load(Ordering::SeqCst);
+            wait_until("the first has begun", || meddling.passes.load(Ordering::SeqCst) > passes).await;
+            drop(streams.remove(0));
+        }
+        drop(streams.remove(0));
+        for (stream, wanted) in streams.into_iter().zip(&wanted[2..]) {
+            let events: Vec<_> = stream.map(Result::unwrap).collect().await;
+            let tokens = events.iter().filter_map(|event| match event {
+                GenerationEvent::Token(token) => Some(token.id),
+                _ => None,
+            });
+            assert_eq!(tokens.collect::<Vec<_>>(), wanted.tokens);
+        }
+        assert_memory_returns(&executor).await;
+    }
+}
+
+#[tokio::test]
 async fn a_cancelled_prompt_leaves_what_was_computed() {
     let (executor, meddling) = meddled(16).await;
     let a = prompt(1, 200);

@@ -15,6 +15,8 @@
 //!   one is not stuck behind a long one.
 //! - **Prefix reuse**: a prompt that begins like a live or recent sequence starts with a copy of its KV, made in all
 //!   stages. Only what every stage has computed is copied, and the last prompt token is always computed, for its logits.
+//!   Where another request is just computing the beginning, a request waits for that, so that a batch of prompts with
+//!   one beginning computes it once.
 //! - **The end**: stop, length, deadline or cancellation. A micro-batch none of whose sequences is wanted any more is
 //!   passed by; a step that fails ends the sequences in it.
 
@@ -30,7 +32,7 @@ use std::sync::mpsc::{Receiver, RecvError, RecvTimeoutError, SyncSender};
 use std::time::{Duration, Instant};
 
 use self::batch::{Composition, TokenBudget, compose, decode_rows};
-use self::prefix::{PrefixCache, PrefixCounters, Retained, Rotations, SHORTEST_PREFIX, common_prefix};
+use self::prefix::{PrefixCache, PrefixCounters, Retained, Rotations, SHORTEST_PREFIX, WORTH_WAITING, common_prefix};
 use self::sequence::Sequence;
 pub use self::sequence::{Finish, GeneratedToken, GenerationEvent, QueuePlace, Request, TextState, capacity};
 use super::options::FinishReason;
@@ -100,6 +102,14 @@ struct Step {
     cancelled: Arc<AtomicBool>,
 }
 
+/// An admitted request whose beginning another one is computing.
+struct Follower {
+    id: SequenceId,
+    leader: SequenceId,
+    /// Positions that it waits for.
+    len: usize,
+}
+
 /// The scheduler's state. It owns the way into the first stage; dropping it ends the stages one after the other.
 pub struct Scheduler {
     limits: Limits,
@@ -112,6 +122,7 @@ pub struct Scheduler {
     decodes: VecDeque<SequenceId>,
     /// Sequences with prompt to send, in turn.
     prefills: VecDeque<SequenceId>,
+    followers: Vec<Follower>,
     budget: TokenBudget,
     steps: HashMap<u64, Step>,
     next_step: u64,
@@ -151,6 +162,7 @@ impl Scheduler {
             active: BTreeMap::new(),
             decodes: VecDeque::new(),
             prefills: VecDeque::new(),
+            followers: Vec::new(),
             steps: HashMap::new(),
             next_step: 0,
             work_since: Instant::now(),
@@ -198,6 +210,7 @@ impl Scheduler {
                 }
             }
             self.expire();
+            self.release_followers();
             self.admit();
             self.dispatch();
         }
@@ -223,6 +236,7 @@ impl Scheduler {
         }
         self.decodes.clear();
         self.prefills.clear();
+        self.followers.clear();
         self.deadlines.clear();
     }
 
@@ -319,6 +333,7 @@ impl Scheduler {
                 return;
             }
             let prefix = self.shared_prefix(request);
+            let leader = self.leader(request, prefix.map_or(0, |(_, len)| len));
             if !self.make_room(capacity, prefix.map(|(from, _)| from)) {
                 return;
             }
@@ -327,41 +342,82 @@ impl Scheduler {
                 self.work_since = Instant::now();
             }
             self.kv_used += capacity;
-            let id = request.id;
-            self.probe.emit(|| Event::RequestStarted { request: id.0, prompt_tokens: request.prompt.len() });
-            if self.limits.prefix_cache > 0 && request.options.reuse_prefix {
+            let (id, prompt_tokens) = (request.id, request.prompt.len());
+            if self.sharable(&request).is_some() {
                 self.prefix_counters.lookups.fetch_add(1, Ordering::Relaxed);
             }
-            if let Some((from, tokens)) = prefix {
-                self.prefixes.touch(from);
-                self.prefix_counters.hits.fetch_add(1, Ordering::Relaxed);
-                self.prefix_counters.reused_tokens.fetch_add(tokens as u64, Ordering::Relaxed);
-                self.probe.emit(|| Event::PrefixReused { request: id.0, tokens });
+            self.active.insert(id, Sequence::new(request, capacity));
+            self.probe.emit(|| Event::RequestStarted { request: id.0, prompt_tokens });
+            match leader {
+                Some((leader, len)) => self.followers.push(Follower { id, leader, len }),
+                None => self.begin(id),
             }
-            self.active.insert(id, Sequence::new(request, capacity, prefix.map_or(0, |(_, tokens)| tokens)));
-            self.send(StageMessage::Open { id, capacity, prefix });
-            self.prefills.push_back(id);
         }
+    }
+
+    /// Opens an admitted request in the stages and lets its prompt be computed, from the end of what it can take over.
+    fn begin(&mut self, id: SequenceId) {
+        let Some(sequence) = self.active.get(&id) else { return };
+        let capacity = sequence.capacity;
+        let prefix = self.shared_prefix(&sequence.request);
+        if let (Some((from, tokens)), Some(sequence)) = (prefix, self.active.get_mut(&id)) {
+            sequence.start_after(tokens);
+            self.prefixes.touch(from);
+            self.prefix_counters.hits.fetch_add(1, Ordering::Relaxed);
+            self.prefix_counters.reused_tokens.fetch_add(tokens as u64, Ordering::Relaxed);
+            self.probe.emit(|| Event::PrefixReused { request: id.0, tokens });
+        }
+        self.send(StageMessage::Open { id, capacity, prefix });
+        self.prefills.push_back(id);
+    }
+
+    /// Begins those whose leader has computed what they share with it, or has ended.
+    fn release_followers(&mut self) {
+        let waits = |follower: &mut Follower| {
+            self.active.get(&follower.leader).is_some_and(|leader| leader.computed < follower.len)
+        };
+        let begin: Vec<_> = self.followers.extract_if(.., |follower| !waits(follower)).collect();
+        for follower in begin {
+            self.begin(follower.id);
+        }
+    }
+
+    /// The rotations of a request's prompt, if it may share KV with sequences that have the same.
+    fn sharable(&self, request: &Request) -> Option<Rotations> {
+        let rotations = self.limits.rotations(request.prompt.len());
+        let may = self.limits.prefix_cache > 0 && request.options.reuse_prefix && rotations != Rotations::Own;
+        may.then_some(rotations)
+    }
+
+    /// Running sequences that share their KV, and have these rotations.
+    fn sharing(&self, rotations: Rotations) -> impl DoubleEndedIterator<Item = (SequenceId, &Sequence)> {
+        let active = self.active.iter().map(|(&id, sequence)| (id, sequence));
+        active.filter(move |(_, sequence)| {
+            sequence.request.options.reuse_prefix && self.limits.rotations(sequence.kv_length) == rotations
+        })
     }
 
     /// The open sequence that shares the longest prefix with a request, and the length of it.
     fn shared_prefix(&self, request: &Request) -> Option<(SequenceId, usize)> {
-        let rotations = self.limits.rotations(request.prompt.len());
-        if self.limits.prefix_cache == 0 || !request.options.reuse_prefix || rotations == Rotations::Own {
-            return None;
-        }
-        let live =
-            self.active.iter().filter(|(_, sequence)| sequence.request.options.reuse_prefix).map(|(&id, sequence)| {
-                (id, &sequence.tokens[..sequence.computed], self.limits.rotations(sequence.kv_length))
-            });
-        let retained = self.prefixes.entries().map(|entry| (entry.id, &entry.tokens[..], entry.rotations));
-        // The last prompt token is computed in any case: its logits choose the first token.
-        let prompt = &request.prompt[..request.prompt.len() - 1];
-        live.chain(retained)
-            .filter(|(_, _, theirs)| *theirs == rotations)
-            .map(|(id, tokens, _)| (id, common_prefix(prompt, tokens)))
+        let rotations = self.sharable(request)?;
+        let running = self.sharing(rotations).map(|(id, sequence)| (id, &sequence.tokens[..sequence.computed]));
+        let retained = self.prefixes.entries().filter(|entry| entry.rotations == rotations);
+        running
+            .chain(retained.map(|entry| (entry.id, &entry.tokens[..])))
+            .map(|(id, tokens)| (id, common_prefix(request.prefix(), tokens)))
             .filter(|(_, shared)| *shared >= SHORTEST_PREFIX)
             .max_by_key(|(_, shared)| *shared)
+    }
+
+    /// The sequence whose prompt a request should wait for, and how much of it, when `shared` positions can be had now.
+    fn leader(&self, request: &Request, shared: usize) -> Option<(SequenceId, usize)> {
+        // From the back, since of those that share the most the first is wanted: the others may wait for it themselves.
+        self.sharing(self.sharable(request)?)
+            .rev()
+            .map(|(id, sequence)| (id, common_prefix(request.prefix(), &sequence.request.prompt), sequence.computed))
+            .filter(|(_, len, computed)| computed < len && *len >= shared + WORTH_WAITING)
+            .map(|(id, len, _)| (id, len))
+            .max_by_key(|(_, len)| *len)
     }
 
     /// Whether there would be KV for `capacity` positions if nothing were kept and all that is ending were freed. Alone
@@ -467,6 +523,7 @@ impl Scheduler {
         let sequence = self.active.remove(&id)?;
         self.decodes.retain(|ready| *ready != id);
         self.prefills.retain(|ready| *ready != id);
+        self.followers.retain(|follower| follower.id != id);
         self.forget_deadline(&sequence.request);
         for step in self.steps.values() {
             if step.slices.iter().all(|slice| !self.active.contains_key(&slice.id)) {

@@ -10,6 +10,10 @@ use crate::backend::SequenceId;
 /// positions saves nothing.
 pub const SHORTEST_PREFIX: usize = 16;
 
+/// Positions that are worth waiting for while another sequence computes them. Fewer are computed sooner along with the
+/// rest of the prompt.
+pub const WORTH_WAITING: usize = 64;
+
 /// A sequence that has ended and is still open in the stages.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Retained {

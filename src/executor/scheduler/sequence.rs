@@ -55,6 +55,11 @@ impl Drop for QueuePlace {
 }
 
 impl Request {
+    /// What of the prompt may be taken over. The last token is computed in any case: its logits choose the first one.
+    pub fn prefix(&self) -> &[u32] {
+        &self.prompt[..self.prompt.len() - 1]
+    }
+
     /// Tells the caller of the end of a request that was never admitted.
     pub fn finish_unadmitted(&self, reason: FinishReason) {
         let finish = Finish {
@@ -149,22 +154,27 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    /// A sequence whose first `reused` positions are computed already.
-    pub fn new(mut request: Request, capacity: usize, reused: usize) -> Self {
+    /// A sequence of which nothing is computed yet.
+    pub fn new(mut request: Request, capacity: usize) -> Self {
         request.place = None;
         Sequence {
             tokens: request.prompt.clone(),
-            sent: reused,
-            computed: reused,
+            sent: 0,
+            computed: 0,
             kv_length: request.prompt.len(),
             decoding: false,
             capacity,
-            reused,
+            reused: 0,
             sampler: Sampler::new(&request.options, request.seed, &request.prompt),
             text: request.text.take(),
             first_token: None,
             request,
         }
+    }
+
+    /// Takes the first `reused` positions as computed.
+    pub fn start_after(&mut self, reused: usize) {
+        (self.sent, self.computed, self.reused) = (reused, reused, reused);
     }
 
     /// Positions that are still to be handed to the stages.
