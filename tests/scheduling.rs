@@ -127,13 +127,15 @@ async fn chunks_of_a_prompt_follow_each_other_through_the_stages() {
 }
 
 #[tokio::test]
-async fn prompts_of_many_sequences_share_a_micro_batch() {
+async fn prompts_of_a_batch_share_micro_batches_from_the_first_on() {
     let (executor, meddling) = meddled(64).await;
     let prompts: Vec<_> = (0..32).map(|seed| prompt(seed, 10)).collect();
-    meddling.delay_ms.store(20, Ordering::SeqCst);
     executor.infer_batch_with(&prompts, &plain(1)).await.unwrap();
-    // 320 rows: the first micro-batches leave before all have arrived, then 64 rows go at once.
-    assert!(meddling.passes.load(Ordering::SeqCst) <= 2 * 9);
+    assert_eq!(meddling.passes.load(Ordering::SeqCst), 2 * 320 / 64);
+    // One bad prompt, and none is begun.
+    let bad = [prompts[0].clone(), vec![]];
+    assert!(matches!(executor.infer_batch_with(&bad, &plain(1)).await, Err(Error::EmptyPrompt)));
+    assert_eq!((meddling.passes.load(Ordering::SeqCst), executor.waiting()), (2 * 320 / 64, 0));
 }
 
 /// Inter-token latencies of four streams in decode: undisturbed, and while a long prompt is computed.

@@ -379,13 +379,17 @@ impl HeterogeneousPipelineExecutor {
         sequences: &[Vec<u32>],
         options: &GenerationOptions,
     ) -> Result<Vec<Generation>> {
-        let runs = sequences.iter().enumerate().map(|(index, ids)| {
+        let text = !options.stop_strings.is_empty();
+        let (mut requests, mut streams) = (Vec::new(), Vec::new());
+        for (index, ids) in sequences.iter().enumerate() {
             let seed = options.seed.map(|seed| seed.wrapping_add(index as u64));
-            let options = GenerationOptions { seed, ..options.clone() };
-            // All are submitted before the first is awaited, so that they run side by side.
-            collect(self.submit(ids.clone(), &options, !options.stop_strings.is_empty()))
-        });
-        futures::future::try_join_all(runs).await
+            let (request, stream) = self.prepare(ids.clone(), &GenerationOptions { seed, ..options.clone() }, text)?;
+            requests.push(request);
+            streams.push(collect(stream));
+        }
+        // In one message, so that already their prompts share micro-batches.
+        self.inner.scheduler.send(Message::Submit(requests)).map_err(|_| Error::Stopped)?;
+        futures::future::try_join_all(streams).await
     }
 
     /// [`infer_stream`](Self::infer_stream) with all options.
@@ -522,13 +526,23 @@ impl HeterogeneousPipelineExecutor {
     }
 
     fn submit(&self, ids: Vec<u32>, options: &GenerationOptions, text: bool) -> GenerationStream {
-        match self.try_submit(ids, options, text) {
+        let submitted = self.prepare(ids, options, text).and_then(|(request, stream)| {
+            let sent = self.inner.scheduler.send(Message::Submit(vec![request]));
+            sent.map(|()| stream).map_err(|_| Error::Stopped)
+        });
+        match submitted {
             Ok(stream) => stream,
             Err(error) => GenerationStream::refused(error, self.inner.scheduler.clone()),
         }
     }
 
-    fn try_submit(&self, prompt: Vec<u32>, options: &GenerationOptions, text: bool) -> Result<GenerationStream> {
+    /// Checks a request, and gives it a place in the queue and a stream for its events.
+    fn prepare(
+        &self,
+        prompt: Vec<u32>,
+        options: &GenerationOptions,
+        text: bool,
+    ) -> Result<(Request, GenerationStream)> {
         options.validate()?;
         if let Some(error) = self.failure() {
             return Err(error.clone());
@@ -580,9 +594,7 @@ impl HeterogeneousPipelineExecutor {
             options: options.clone(),
             place: Some(place),
         };
-        let scheduler = &self.inner.scheduler;
-        scheduler.send(Message::Submit(Box::new(request))).map_err(|_| Error::Stopped)?;
-        Ok(GenerationStream::live(id, receiver, scheduler.clone()))
+        Ok((request, GenerationStream::live(id, receiver, self.inner.scheduler.clone())))
     }
 }
 

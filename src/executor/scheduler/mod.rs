@@ -43,8 +43,8 @@ use crate::pipeline::worker::{StageMessage, StageReply, StepTimes, panic_message
 
 /// What the scheduler hears.
 pub enum Message {
-    /// A caller wants tokens.
-    Submit(Box<Request>),
+    /// A caller wants tokens, of one request or of a batch.
+    Submit(Vec<Request>),
     /// A caller has dropped its stream.
     Cancel(SequenceId),
     /// Kept KV is to be freed.
@@ -192,8 +192,8 @@ impl Scheduler {
         self.fail_all(error.clone());
         // Requests that arrived too late to be heard end as well, with the same cause.
         for message in self.inbox.try_iter() {
-            if let Message::Submit(request) = message {
-                let _ = request.events.send(Err(error.clone()));
+            if let Message::Submit(requests) = message {
+                refuse(requests, &error);
             }
         }
     }
@@ -231,9 +231,7 @@ impl Scheduler {
             self.emit_finished(&sequence);
             let _ = sequence.request.events.send(Err(error.clone()));
         }
-        for request in std::mem::take(&mut self.waiting) {
-            let _ = request.events.send(Err(error.clone()));
-        }
+        refuse(std::mem::take(&mut self.waiting), &error);
         self.decodes.clear();
         self.prefills.clear();
         self.followers.clear();
@@ -244,13 +242,12 @@ impl Scheduler {
     fn handle(&mut self, message: Message) -> bool {
         match message {
             Message::Shutdown => return false,
-            Message::Submit(request) => match &self.dead {
-                Some(error) => {
-                    let _ = request.events.send(Err(error.clone()));
-                }
+            Message::Submit(requests) => match &self.dead {
+                Some(error) => refuse(requests, error),
                 None => {
-                    self.deadlines.extend(request.deadline.map(|deadline| (deadline, request.id)));
-                    self.waiting.push_back(*request);
+                    let deadlines = requests.iter().filter_map(|request| Some((request.deadline?, request.id)));
+                    self.deadlines.extend(deadlines);
+                    self.waiting.extend(requests);
                 }
             },
             Message::Cancel(id) => self.end_early(id, FinishReason::Cancelled),
@@ -571,5 +568,12 @@ impl Scheduler {
 
     fn emit_finished(&self, sequence: &Sequence) {
         self.probe.emit(|| Event::RequestFinished { request: sequence.request.id.0, tokens: sequence.generated() });
+    }
+}
+
+/// Ends requests that were not admitted with an error.
+fn refuse(requests: impl IntoIterator<Item = Request>, error: &Error) {
+    for request in requests {
+        let _ = request.events.send(Err(error.clone()));
     }
 }
