@@ -79,10 +79,12 @@ async fn run() -> anyhow::Result<()> {
     let warmup = executor.warmup().await?;
     let prompts = flags.prompts(executor.tokenizer(), &["Once upon a time"])?;
     // Runs are of one length only if no end-of-sequence token cuts them short.
-    let options = candle_pipeline::GenerationOptions { ignore_eos: true, ..flags.generation() };
+    // Repeated prompts are to be computed each time.
+    let options = candle_pipeline::GenerationOptions { ignore_eos: true, reuse_prefix: false, ..flags.generation() };
 
     let (mut ttft, mut itl) = (Latencies::new()?, Latencies::new()?);
     let (mut input_tokens, mut output_tokens) = (0, 0);
+    let before = executor.stage_stats();
     let began = Instant::now();
     for run in 0..runs {
         let prompt = prompts[run % prompts.len()].clone();
@@ -127,5 +129,6 @@ async fn run() -> anyhow::Result<()> {
     println!("{}", ttft.row("TTFT"));
     println!("{}", itl.row("ITL"));
     println!("{rate:.1} tokens/s over all, {:.1} tokens/s in decode", 1e6 / itl.0.mean().max(1.0));
+    print!("{}", common::stage_table(&executor, &before));
     Ok(())
 }

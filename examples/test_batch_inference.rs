@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! cargo run --release --example test_batch_inference -- --prompt "Once upon a time" --prompt "One day"
+//! cargo run --release --example test_batch_inference -- --sequences 16 --max-tokens 64 --compare --output-format none
 //! ```
 
 mod common;
@@ -9,8 +10,21 @@ mod common;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use candle_pipeline::GenerationOptions;
 use clap::Parser;
 use common::{Flags, OutputFormat};
+
+#[derive(Parser)]
+struct Arguments {
+    #[command(flatten)]
+    flags: Flags,
+    /// Sequences to run; the prompts are repeated in turn. One for each prompt when absent.
+    #[arg(long)]
+    sequences: Option<usize>,
+    /// Run the prompts one after the other first, to see what the batch gains.
+    #[arg(long)]
+    compare: bool,
+}
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -18,12 +32,26 @@ async fn main() -> ExitCode {
 }
 
 async fn run() -> anyhow::Result<()> {
-    let flags = Flags::parse();
+    let Arguments { flags, sequences, compare } = Arguments::parse();
     let executor = flags.load().await?;
     let defaults = ["Once upon a time", "One sunny morning", "There was a little"];
     let prompts = flags.prompts(executor.tokenizer(), &defaults)?;
+    let sequences = sequences.unwrap_or(prompts.len());
+    let prompts: Vec<_> = prompts.into_iter().cycle().take(sequences).collect();
+    // What is compared is batching; equal beginnings would be computed once otherwise.
+    let options = GenerationOptions { reuse_prefix: !compare, ..flags.generation() };
+    if compare {
+        executor.warmup().await?;
+        let (began, mut tokens) = (Instant::now(), 0);
+        for prompt in &prompts {
+            tokens += executor.infer_with(prompt, &options).await?.tokens.len();
+        }
+        let rate = tokens as f64 / began.elapsed().as_secs_f64();
+        eprintln!("{} sequences, {tokens} tokens one after the other: {rate:.1} tokens/s", prompts.len());
+    }
+    let before = executor.stage_stats();
     let began = Instant::now();
-    let outputs = executor.infer_batch_with(&prompts, &flags.generation()).await?;
+    let outputs = executor.infer_batch_with(&prompts, &options).await?;
     let total = began.elapsed();
 
     let text = |ids: &[u32]| match executor.tokenizer() {
@@ -65,5 +93,6 @@ async fn run() -> anyhow::Result<()> {
     }
     let rate = generated as f64 / total.as_secs_f64();
     eprintln!("{} sequences, {generated} tokens in {total:.2?}: {rate:.1} tokens/s together", prompts.len());
+    eprint!("{}", common::stage_table(&executor, &before));
     Ok(())
 }

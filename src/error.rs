@@ -114,6 +114,17 @@ pub enum Error {
         tokens_that_fit: usize,
     },
 
+    /// More requests wait to be admitted than the executor was told to hold.
+    #[error(
+        "the executor is busy: {waiting} requests wait and `queue_limit` is {limit}; try again later, or raise the limit (None lets any number wait)"
+    )]
+    Busy {
+        /// Requests that wait.
+        waiting: usize,
+        /// How many may.
+        limit: usize,
+    },
+
     /// A stage returned an error for a step; the sequences in that step end with this.
     #[error("stage {stage} ({device}) failed: {reason}")]
     StageFailed {

@@ -44,7 +44,9 @@ pub use executor::options::{FinishReason, GenerationOptions, TokenLogprob};
 pub use executor::scheduler::{Finish, GeneratedToken, GenerationEvent};
 pub use executor::stream::{GenerationStream, TextStream, TokenStream};
 pub use executor::tokenizer::{ChatMessage, Tokenizer};
-pub use executor::{ExecutorOptions, Generation, HeterogeneousPipelineExecutor, StageMemory, WarmupReport};
+pub use executor::{
+    ExecutorOptions, Generation, HeterogeneousPipelineExecutor, PrefixStats, StageMemory, StageStats, WarmupReport,
+};
 pub use kernels::kv::KvType;
 pub use kernels::simd::Isa;
 pub use pipeline::{HeterogeneousPipeline, PipelineOptions, StagePlan};

@@ -5,97 +5,14 @@ mod common;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use candle_core::Tensor;
-use candle_pipeline::backend::{MicroBatch, SequenceId, StageBackend, StageBytes, StageOutput};
 use candle_pipeline::{
     DEMO_MODEL, DeviceSpec, Error, ExecutorOptions, FinishReason, GenerationEvent, GenerationOptions,
     HeterogeneousPipeline, HeterogeneousPipelineExecutor, PipelineOptions,
 };
-use common::{bits, executor, executor_with, greedy};
+use common::{assert_memory_returns, bits, executor, executor_with, greedy, kv_bytes, meddled};
 use futures::StreamExt;
-
-/// What a test does to one stage.
-#[derive(Default)]
-struct Meddling {
-    /// Forward passes so far, over all stages.
-    passes: AtomicUsize,
-    /// Milliseconds each pass takes longer.
-    delay_ms: AtomicUsize,
-    /// Pass of stage 1 that panics; 0 for none.
-    panic_at: AtomicUsize,
-    /// Pass of stage 1 that returns an error; 0 for none.
-    error_at: AtomicUsize,
-    /// Backends dropped.
-    dropped: AtomicUsize,
-    /// Passes of stage 1.
-    second_stage: AtomicUsize,
-}
-
-struct Meddled {
-    stage: usize,
-    inner: Box<dyn StageBackend>,
-    meddling: Arc<Meddling>,
-}
-
-impl StageBackend for Meddled {
-    fn open(&mut self, id: SequenceId, capacity: usize) -> candle_pipeline::Result<()> {
-        self.inner.open(id, capacity)
-    }
-
-    fn close(&mut self, id: SequenceId) {
-        self.inner.close(id);
-    }
-
-    fn forward(&mut self, batch: &MicroBatch, input: Option<Tensor>) -> candle_pipeline::Result<StageOutput> {
-        let meddling = &self.meddling;
-        meddling.passes.fetch_add(1, Ordering::SeqCst);
-        std::thread::sleep(Duration::from_millis(meddling.delay_ms.load(Ordering::SeqCst) as u64));
-        if self.stage == 1 {
-            let pass = meddling.second_stage.fetch_add(1, Ordering::SeqCst) + 1;
-            assert!(pass != meddling.panic_at.load(Ordering::SeqCst), "the test wants this panic");
-            if pass == meddling.error_at.load(Ordering::SeqCst) {
-                return Err(Error::Tensors("the test wants this error".into()));
-            }
-        }
-        self.inner.forward(batch, input)
-    }
-
-    fn bytes(&self) -> StageBytes {
-        self.inner.bytes()
-    }
-}
-
-impl Drop for Meddled {
-    fn drop(&mut self) {
-        self.meddling.dropped.fetch_add(1, Ordering::SeqCst);
-    }
-}
-
-async fn meddled(prefill_chunk: usize) -> (HeterogeneousPipelineExecutor, Arc<Meddling>) {
-    let meddling = Arc::new(Meddling::default());
-    let shared = meddling.clone();
-    let options = ExecutorOptions {
-        prefill_chunk,
-        wrap_backend: Some(Arc::new(move |stage, inner| Box::new(Meddled { stage, inner, meddling: shared.clone() }))),
-        ..ExecutorOptions::default()
-    };
-    (executor_with(DEMO_MODEL, "cpu,cpu", Some(&[5, 3]), options).await.unwrap(), meddling)
-}
-
-fn kv_bytes(executor: &HeterogeneousPipelineExecutor) -> u64 {
-    executor.memory().iter().map(|stage| stage.kv).sum()
-}
-
-/// Waits until every stage has freed its KV.
-async fn assert_memory_returns(executor: &HeterogeneousPipelineExecutor) {
-    let began = Instant::now();
-    while kv_bytes(executor) != 0 {
-        assert!(began.elapsed() < Duration::from_secs(5), "{} bytes of KV are left", kv_bytes(executor));
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-}
 
 fn prompt(length: usize) -> Vec<u32> {
     (0..length).map(|i| (4 + i * 13 % 500) as u32).collect()
@@ -104,10 +21,11 @@ fn prompt(length: usize) -> Vec<u32> {
 #[tokio::test]
 async fn the_second_request_equals_the_first() {
     let executor = executor(DEMO_MODEL, "cpu,cpu", None).await.unwrap();
-    let first = executor.infer_with(&prompt(30), &greedy(30)).await.unwrap();
+    let options = GenerationOptions { reuse_prefix: false, ..greedy(30) };
+    let first = executor.infer_with(&prompt(30), &options).await.unwrap();
     executor.infer(&prompt(200), 10, 0.0, 1.0).await.unwrap();
-    let second = executor.infer_with(&prompt(30), &greedy(30)).await.unwrap();
-    assert_eq!(bits(&first), bits(&second));
+    let second = executor.infer_with(&prompt(30), &options).await.unwrap();
+    assert!(bits(&first) == bits(&second));
     assert_memory_returns(&executor).await;
 }
 
@@ -240,7 +158,7 @@ async fn chunks_do_not_show_in_the_tokens() {
 }
 
 #[tokio::test]
-async fn an_error_in_a_stage_ends_its_sequence_with_it_and_no_other() {
+async fn an_error_in_a_step_ends_the_sequences_in_it_and_no_other() {
     let (executor, meddling) = meddled(256).await;
     let alone = executor.infer(&prompt(10), 30, 0.0, 1.0).await.unwrap();
     let passes = meddling.second_stage.load(Ordering::SeqCst);
@@ -250,14 +168,17 @@ async fn an_error_in_a_stage_ends_its_sequence_with_it_and_no_other() {
         async move { executor.infer(&prompt(10), 30, 0.0, 1.0).await }
     });
     let (fine, failed): (Vec<_>, Vec<_>) = futures::future::join_all(runs).await.into_iter().partition(Result::is_ok);
-    assert_eq!((fine.len(), failed.len()), (2, 1));
+    // Three sequences in two micro-batches: one or two of them are in the step.
+    assert!((1..=2).contains(&failed.len()), "{failed:?}");
     assert!(fine.into_iter().all(|tokens| tokens.unwrap() == alone));
-    match failed[0].as_ref().unwrap_err() {
-        Error::StageFailed { stage: 1, device, reason } => {
-            assert_eq!(device, "cpu");
-            assert!(reason.contains("the test wants this error"), "{reason}");
+    for outcome in failed {
+        match outcome.unwrap_err() {
+            Error::StageFailed { stage: 1, device, reason } => {
+                assert_eq!(device, "cpu");
+                assert!(reason.contains("the test wants this error"), "{reason}");
+            }
+            other => panic!("{other:?}"),
         }
-        other => panic!("{other:?}"),
     }
     assert!(executor.failure().is_none());
     assert_eq!(executor.infer(&prompt(10), 5, 0.0, 1.0).await.unwrap().len(), 5);

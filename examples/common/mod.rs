@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use candle_pipeline::weights::WeightType;
 use candle_pipeline::{
     ChatMessage, DEMO_MODEL, DeviceSpec, ExecutorOptions, GenerationOptions, HeterogeneousPipeline,
-    HeterogeneousPipelineExecutor, Isa, KvType, PipelineOptions, Tokenizer,
+    HeterogeneousPipelineExecutor, Isa, KvType, PipelineOptions, StageStats, Tokenizer,
 };
 use clap::{Parser, ValueEnum};
 
@@ -196,6 +196,28 @@ pub fn stages_json(executor: &HeterogeneousPipelineExecutor) -> serde_json::Valu
             })
         })
         .collect()
+}
+
+/// Where each stage's time has gone since `before`.
+pub fn stage_table(executor: &HeterogeneousPipelineExecutor, before: &[StageStats]) -> String {
+    let mut table = format!(
+        "{:<5}  {:<15} {:>8} {:>10} {:>10} {:>10} {:>10} {:>6}\n",
+        "stage", "device", "steps", "rows/step", "compute", "wait", "copy", "busy"
+    );
+    for (index, (stats, before)) in executor.stage_stats().iter().zip(before).enumerate() {
+        let stats = stats.since(before);
+        table += &format!(
+            "{index:<5}  {:<15} {:>8} {:>10.1} {:>10} {:>10} {:>10} {:>5.0}%\n",
+            stats.device.to_string(),
+            stats.steps,
+            stats.rows as f64 / stats.steps.max(1) as f64,
+            format!("{:.1?}", stats.compute),
+            format!("{:.1?}", stats.wait),
+            format!("{:.1?}", stats.copy),
+            100.0 * stats.busy_share(),
+        );
+    }
+    table
 }
 
 /// Tokens of the run over its whole time, and decode alone (the first token belongs to prefill).

@@ -75,6 +75,16 @@ impl StageBackend for CandleBackend {
         Ok(())
     }
 
+    fn fork(&mut self, from: SequenceId, to: SequenceId, len: usize, capacity: usize) -> Result<()> {
+        let mut kv = self.decoder.new_kv(capacity)?;
+        match self.sequences.get(&from) {
+            Some(source) => kv.copy_prefix(source, len)?,
+            None => return Err(Error::Tensors(format!("sequence {} is not open in this stage", from.0))),
+        }
+        self.sequences.insert(to, kv);
+        Ok(())
+    }
+
     fn close(&mut self, id: SequenceId) {
         self.sequences.remove(&id);
     }

@@ -111,6 +111,12 @@ impl CpuBackend {
         Ok(CpuBackend { weights, stage, sequences: HashMap::new(), buffers: Buffers::default() })
     }
 
+    fn new_kv(&self, capacity: usize) -> SequenceKv {
+        let Stage { config, kv_type, .. } = &self.stage;
+        let layer = || LayerKv::new(*kv_type, config.num_key_value_heads, config.head_dim, capacity);
+        SequenceKv { layers: self.weights.layers.iter().map(|_| layer()).collect() }
+    }
+
     /// Runs the rows of `batch`, whose sequences' keys and values are `kv`, one for each slice.
     fn run(&mut self, batch: &MicroBatch, input: Option<Tensor>, kv: &mut [SequenceKv]) -> Result<StageOutput> {
         let CpuBackend { weights, stage, buffers, .. } = self;
@@ -393,11 +399,24 @@ fn grown(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
 
 impl StageBackend for CpuBackend {
     fn open(&mut self, id: SequenceId, capacity: usize) -> Result<()> {
-        let config = &self.stage.config;
-        let (kv_type, kv_heads, head_dim) = (self.stage.kv_type, config.num_key_value_heads, config.head_dim);
-        let layers = self.weights.layers.len();
-        let layers = (0..layers).map(|_| LayerKv::new(kv_type, kv_heads, head_dim, capacity)).collect();
-        self.sequences.insert(id, SequenceKv { layers });
+        let kv = self.new_kv(capacity);
+        self.sequences.insert(id, kv);
+        Ok(())
+    }
+
+    fn fork(&mut self, from: SequenceId, to: SequenceId, len: usize, capacity: usize) -> Result<()> {
+        let mut kv = self.new_kv(capacity);
+        let Some(source) = self.sequences.get(&from) else {
+            return Err(Error::Tensors(format!("sequence {} is not open in this stage", from.0)));
+        };
+        for (to, from) in kv.layers.iter_mut().zip(&source.layers) {
+            if len > to.capacity().min(from.capacity()) {
+                let (to, from) = (to.capacity(), from.capacity());
+                return Err(Error::Tensors(format!("{len} positions of a KV cache of {from} do not fit into {to}")));
+            }
+            to.copy_prefix(from, len);
+        }
+        self.sequences.insert(to, kv);
         Ok(())
     }
 

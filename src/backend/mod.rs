@@ -100,6 +100,10 @@ pub trait StageBackend: Send {
     /// Sets aside KV for `capacity` positions.
     fn open(&mut self, id: SequenceId, capacity: usize) -> Result<()>;
 
+    /// Sets aside KV for `capacity` positions of the new sequence `to` and copies the first `len` positions of `from`,
+    /// which is open, into it. Both go their own ways from there.
+    fn fork(&mut self, from: SequenceId, to: SequenceId, len: usize, capacity: usize) -> Result<()>;
+
     /// Frees the sequence's KV. Unknown ids are ignored: a sequence may end before this stage heard of it.
     fn close(&mut self, id: SequenceId);
 

@@ -8,7 +8,7 @@ pub mod stream;
 pub mod tokenizer;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 use futures::StreamExt;
 
 use self::options::{FinishReason, GenerationOptions, TokenLogprob};
-use self::scheduler::{GenerationEvent, Limits, Message, Request, Scheduler, TextState, capacity};
+use self::scheduler::prefix::PrefixCounters;
+use self::scheduler::{GenerationEvent, Limits, Message, QueuePlace, Request, Scheduler, TextState, capacity};
 use self::stream::{GenerationStream, TextStream, TokenStream};
 use self::tokenizer::{ChatMessage, Tokenizer};
 use crate::backend::{SequenceId, StageBackend};
@@ -39,9 +40,26 @@ pub type Progress = Arc<dyn Fn(u64, u64) + Send + Sync>;
 /// How an executor runs. `Default` suits most.
 #[derive(Clone)]
 pub struct ExecutorOptions {
-    /// Prompt positions computed in one step. A larger number is faster, a smaller one lets other requests in between
-    /// sooner and cancels sooner.
+    /// Prompt positions computed in one step while no stream is running. A larger number is faster, a smaller one lets
+    /// other requests in between sooner and cancels sooner.
     pub prefill_chunk: usize,
+    /// Rows of a step while streams are running, theirs and those of prompts together (Sarathi-Serve's token budget). A
+    /// smaller number keeps the streams flowing, a larger one computes prompts sooner. `None` measures: as many as double
+    /// the time of a step without prompts.
+    pub token_budget: Option<usize>,
+    /// Micro-batches that the running sequences are spread over. `None` is one for each stage, so that each has work.
+    pub micro_batches: Option<usize>,
+    /// Micro-batches in flight, at most `micro_batches`. `None` is all of them; 1 switches the overlap of stages off, to
+    /// see what it gains.
+    pub in_flight: Option<usize>,
+    /// Sequences that run at once; more requests wait. A larger number raises throughput and inter-token latency.
+    pub max_sequences: usize,
+    /// Requests that may wait for admission before further ones are refused with [`Error::Busy`]. `None` lets any number
+    /// wait. Each prompt of a batch counts.
+    pub queue_limit: Option<usize>,
+    /// Positions of KV that ended sequences keep in every stage, for requests that begin alike; the least recently used
+    /// go first, and all when running requests need the room. 0 reuses nothing, from running sequences neither.
+    pub prefix_cache: usize,
     /// Hears of events. Off costs nothing.
     pub probe: Probe,
     /// Hears of loading.
@@ -52,7 +70,36 @@ pub struct ExecutorOptions {
 
 impl Default for ExecutorOptions {
     fn default() -> Self {
-        ExecutorOptions { prefill_chunk: 256, probe: Probe::default(), progress: None, wrap_backend: None }
+        ExecutorOptions {
+            prefill_chunk: 256,
+            token_budget: None,
+            micro_batches: None,
+            in_flight: None,
+            max_sequences: 256,
+            queue_limit: None,
+            prefix_cache: 8192,
+            probe: Probe::default(),
+            progress: None,
+            wrap_backend: None,
+        }
+    }
+}
+
+impl ExecutorOptions {
+    /// Refuses values that have no meaning, naming the option.
+    fn validate(&self) -> Result<()> {
+        let counts = [
+            ("prefill_chunk", Some(self.prefill_chunk)),
+            ("token_budget", self.token_budget),
+            ("micro_batches", self.micro_batches),
+            ("in_flight", self.in_flight),
+            ("max_sequences", Some(self.max_sequences)),
+            ("queue_limit", self.queue_limit),
+        ];
+        match counts.into_iter().find(|(_, count)| *count == Some(0)) {
+            Some((option, _)) => Err(Error::option(option, "is 0, at least 1 is needed")),
+            None => Ok(()),
+        }
     }
 }
 
@@ -84,6 +131,10 @@ struct Inner {
     threads: Vec<JoinHandle<()>>,
     pipeline: HeterogeneousPipeline,
     counters: Vec<Arc<StageCounters>>,
+    prefix_counters: Arc<PrefixCounters>,
+    /// Requests that wait for admission, and how many may.
+    waiting: Arc<AtomicUsize>,
+    queue_limit: Option<usize>,
     /// An unsupported tokenizer is told to whoever asks for text; token ids work without.
     tokenizer: Result<Option<Tokenizer>>,
     failed: Arc<OnceLock<Error>>,
@@ -109,6 +160,8 @@ pub struct Generation {
     pub time_to_first_token: Duration,
     /// From submission to the end.
     pub total_time: Duration,
+    /// Prompt tokens whose KV was taken over from another sequence.
+    pub reused_tokens: usize,
 }
 
 /// What warming up did.
@@ -133,8 +186,66 @@ pub struct StageMemory {
     pub weights: u64,
     /// KV of open sequences.
     pub kv: u64,
+    /// How much of that belongs to ended sequences and makes way when it is needed.
+    pub kv_retained: u64,
     /// KV that there may be.
     pub kv_budget: u64,
+}
+
+/// What a stage has done since it was loaded. Times are wall-clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StageStats {
+    /// Where it runs.
+    pub device: DeviceSpec,
+    /// Time it computed.
+    pub compute: Duration,
+    /// Time it stood without work while there was some elsewhere in the pipeline: its bubbles.
+    pub wait: Duration,
+    /// Time it copied its output towards the next stage.
+    pub copy: Duration,
+    /// Time that micro-batches waited for it, summed over them.
+    pub queued: Duration,
+    /// Micro-batches.
+    pub steps: u64,
+    /// Rows in them.
+    pub rows: u64,
+}
+
+impl StageStats {
+    /// The part of its time that it computed, from 0 to 1; the rest are bubbles and copies. Time in which nobody wanted
+    /// anything does not count.
+    pub fn busy_share(&self) -> f64 {
+        let all = (self.compute + self.wait + self.copy).as_secs_f64();
+        if all == 0.0 { 0.0 } else { self.compute.as_secs_f64() / all }
+    }
+
+    /// What it has done after `earlier`.
+    pub fn since(&self, earlier: &StageStats) -> StageStats {
+        StageStats {
+            device: self.device,
+            compute: self.compute.saturating_sub(earlier.compute),
+            wait: self.wait.saturating_sub(earlier.wait),
+            copy: self.copy.saturating_sub(earlier.copy),
+            queued: self.queued.saturating_sub(earlier.queued),
+            steps: self.steps.saturating_sub(earlier.steps),
+            rows: self.rows.saturating_sub(earlier.rows),
+        }
+    }
+}
+
+/// What prefix reuse has done since the executor was built, and what it keeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PrefixStats {
+    /// Requests that might have reused a prefix.
+    pub lookups: u64,
+    /// Those that did.
+    pub hits: u64,
+    /// Prompt tokens that did not have to be computed.
+    pub reused_tokens: u64,
+    /// Ended sequences whose KV is kept now.
+    pub retained_sequences: u64,
+    /// Positions that their KV is set aside for.
+    pub retained_positions: u64,
 }
 
 impl HeterogeneousPipelineExecutor {
@@ -146,9 +257,7 @@ impl HeterogeneousPipelineExecutor {
 
     /// The same with options.
     pub async fn with_options(pipeline: HeterogeneousPipeline, model: &str, options: ExecutorOptions) -> Result<Self> {
-        if options.prefill_chunk == 0 {
-            return Err(Error::option("prefill_chunk", "is 0, at least 1 is needed"));
-        }
+        options.validate()?;
         let (done, loaded) = tokio::sync::oneshot::channel();
         let model = model.to_string();
         // Loading blocks, so it has a thread; the executor it makes comes back through the channel.
@@ -182,20 +291,10 @@ impl HeterogeneousPipelineExecutor {
         let stopping = Arc::default();
         let Stages { first, mut threads, counters } = start_stages(&pipeline, &options, &to_scheduler, &stopping)?;
 
-        let config = pipeline.config();
-        let limits = Limits {
-            context_length: pipeline.context_length(),
-            prefill_chunk: options.prefill_chunk,
-            kv: pipeline.stages().iter().map(|stage| (stage.kv_bytes_per_token, stage.kv_budget)).collect(),
-            eos_token_ids: config.eos_token_ids.clone(),
-            recompute_at: match &config.rope.scaling {
-                RopeScaling::LongRope { original_max_position_embeddings, .. } => {
-                    Some(original_max_position_embeddings + 1)
-                }
-                _ => None,
-            },
-        };
-        let scheduler = Scheduler::new(limits, scheduler_inbox, first, options.probe.clone(), failed.clone());
+        let limits = limits(&pipeline, &options);
+        let prefix_counters: Arc<PrefixCounters> = Arc::default();
+        let probe = options.probe.clone();
+        let scheduler = Scheduler::new(limits, scheduler_inbox, first, probe, prefix_counters.clone(), failed.clone());
         // The scheduler first: joining it drops the way into the first stage, which lets the stages end in turn.
         threads.insert(0, spawn("pipeline-scheduler".into(), move || scheduler.run())?);
         let inner = Inner {
@@ -203,6 +302,9 @@ impl HeterogeneousPipelineExecutor {
             threads,
             pipeline,
             counters,
+            prefix_counters,
+            waiting: Arc::default(),
+            queue_limit: options.queue_limit,
             tokenizer,
             failed,
             stopping,
@@ -225,7 +327,8 @@ impl HeterogeneousPipelineExecutor {
         let context = self.inner.pipeline.context_length();
         let prefill = PREFILL.min(context.saturating_sub(DECODE)).max(1);
         let decode = DECODE.min(context.saturating_sub(prefill));
-        let options = GenerationOptions { ignore_eos: true, ..GenerationOptions::new(decode + 1, 0.0, 1.0) };
+        let options =
+            GenerationOptions { ignore_eos: true, reuse_prefix: false, ..GenerationOptions::new(decode + 1, 0.0, 1.0) };
         self.infer_with(&vec![0; prefill], &options).await?;
         let stages = self.inner.pipeline.stages().iter().zip(compute()).zip(before);
         Ok(WarmupReport {
@@ -245,7 +348,8 @@ impl HeterogeneousPipelineExecutor {
         Ok(self.infer_with(ids, &options).await?.tokens)
     }
 
-    /// Generates for each prompt on its own; outputs in the order of the prompts. The first error ends all.
+    /// Generates for all prompts together: they share the passes over the weights, and each gets the tokens that it gets
+    /// alone. Outputs are in the order of the prompts. The first error ends all.
     pub async fn infer_batch(
         &self,
         sequences: &[Vec<u32>],
@@ -275,13 +379,17 @@ impl HeterogeneousPipelineExecutor {
         sequences: &[Vec<u32>],
         options: &GenerationOptions,
     ) -> Result<Vec<Generation>> {
-        let runs = sequences.iter().enumerate().map(|(index, ids)| {
+        let text = !options.stop_strings.is_empty();
+        let (mut requests, mut streams) = (Vec::new(), Vec::new());
+        for (index, ids) in sequences.iter().enumerate() {
             let seed = options.seed.map(|seed| seed.wrapping_add(index as u64));
-            let options = GenerationOptions { seed, ..options.clone() };
-            // All are submitted before the first is awaited, so that they run side by side.
-            collect(self.submit(ids.clone(), &options, !options.stop_strings.is_empty()))
-        });
-        futures::future::try_join_all(runs).await
+            let (request, stream) = self.prepare(ids.clone(), &GenerationOptions { seed, ..options.clone() }, text)?;
+            requests.push(request);
+            streams.push(collect(stream));
+        }
+        // In one message, so that already their prompts share micro-batches.
+        self.inner.scheduler.send(Message::Submit(requests)).map_err(|_| Error::Stopped)?;
+        futures::future::try_join_all(streams).await
     }
 
     /// [`infer_stream`](Self::infer_stream) with all options.
@@ -335,15 +443,61 @@ impl HeterogeneousPipelineExecutor {
     /// What each stage holds now.
     pub fn memory(&self) -> Vec<StageMemory> {
         let counters = self.inner.counters.iter();
+        let retained = self.inner.prefix_counters.retained_positions.load(Ordering::Relaxed);
         counters
             .zip(self.stages())
-            .map(|(counters, stage)| StageMemory {
-                device: stage.device,
-                weights: counters.weight_bytes.load(Ordering::Relaxed),
-                kv: counters.kv_bytes.load(Ordering::Relaxed),
-                kv_budget: stage.kv_budget,
+            .map(|(counters, stage)| {
+                let kv = counters.kv_bytes.load(Ordering::Relaxed);
+                StageMemory {
+                    device: stage.device,
+                    weights: counters.weight_bytes.load(Ordering::Relaxed),
+                    kv,
+                    // The stage may have freed already what was kept a moment ago.
+                    kv_retained: (retained * stage.kv_bytes_per_token).min(kv),
+                    kv_budget: stage.kv_budget,
+                }
             })
             .collect()
+    }
+
+    /// Where each stage's time has gone. Differences of two readings are an interval's, see [`StageStats::since`].
+    pub fn stage_stats(&self) -> Vec<StageStats> {
+        let time = |counter: &AtomicU64| Duration::from_nanos(counter.load(Ordering::Relaxed));
+        let counters = self.inner.counters.iter();
+        counters
+            .zip(self.stages())
+            .map(|(counters, stage)| StageStats {
+                device: stage.device,
+                compute: time(&counters.compute_ns),
+                wait: time(&counters.wait_ns),
+                copy: time(&counters.copy_ns),
+                queued: time(&counters.queued_ns),
+                steps: counters.steps.load(Ordering::Relaxed),
+                rows: counters.rows.load(Ordering::Relaxed),
+            })
+            .collect()
+    }
+
+    /// What prefix reuse has saved and what it keeps.
+    pub fn prefix_stats(&self) -> PrefixStats {
+        let counters = &self.inner.prefix_counters;
+        PrefixStats {
+            lookups: counters.lookups.load(Ordering::Relaxed),
+            hits: counters.hits.load(Ordering::Relaxed),
+            reused_tokens: counters.reused_tokens.load(Ordering::Relaxed),
+            retained_sequences: counters.retained_sequences.load(Ordering::Relaxed),
+            retained_positions: counters.retained_positions.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Frees the KV of ended sequences. Returns before the stages have done so.
+    pub fn clear_prefix_cache(&self) {
+        let _ = self.inner.scheduler.send(Message::ClearPrefixes);
+    }
+
+    /// Requests that wait for admission now.
+    pub fn waiting(&self) -> usize {
+        self.inner.waiting.load(Ordering::Relaxed)
     }
 
     /// Time that loading took.
@@ -372,13 +526,23 @@ impl HeterogeneousPipelineExecutor {
     }
 
     fn submit(&self, ids: Vec<u32>, options: &GenerationOptions, text: bool) -> GenerationStream {
-        match self.try_submit(ids, options, text) {
+        let submitted = self.prepare(ids, options, text).and_then(|(request, stream)| {
+            let sent = self.inner.scheduler.send(Message::Submit(vec![request]));
+            sent.map(|()| stream).map_err(|_| Error::Stopped)
+        });
+        match submitted {
             Ok(stream) => stream,
             Err(error) => GenerationStream::refused(error, self.inner.scheduler.clone()),
         }
     }
 
-    fn try_submit(&self, prompt: Vec<u32>, options: &GenerationOptions, text: bool) -> Result<GenerationStream> {
+    /// Checks a request, and gives it a place in the queue and a stream for its events.
+    fn prepare(
+        &self,
+        prompt: Vec<u32>,
+        options: &GenerationOptions,
+        text: bool,
+    ) -> Result<(Request, GenerationStream)> {
         options.validate()?;
         if let Some(error) = self.failure() {
             return Err(error.clone());
@@ -412,14 +576,25 @@ impl HeterogeneousPipelineExecutor {
             true => Some(TextState::new(self.needed_tokenizer()?, &prompt, &options.stop_strings)?),
             false => None,
         };
+        let place = QueuePlace::take(&self.inner.waiting, self.inner.queue_limit)
+            .map_err(|waiting| Error::Busy { waiting, limit: self.inner.queue_limit.unwrap_or(usize::MAX) })?;
         let id = SequenceId(self.inner.next_id.fetch_add(1, Ordering::Relaxed));
         let (events, receiver) = tokio::sync::mpsc::unbounded_channel();
         let seed = options.seed.unwrap_or_else(rand::random);
         let submitted = Instant::now();
-        let request = Request { id, prompt, options: options.clone(), seed, text, events, submitted };
-        let scheduler = &self.inner.scheduler;
-        scheduler.send(Message::Submit(Box::new(request))).map_err(|_| Error::Stopped)?;
-        Ok(GenerationStream::live(id, receiver, scheduler.clone()))
+        let request = Request {
+            id,
+            prompt,
+            seed,
+            text,
+            events,
+            submitted,
+            // A deadline further off than the clock goes is none.
+            deadline: options.deadline.and_then(|deadline| submitted.checked_add(deadline)),
+            options: options.clone(),
+            place: Some(place),
+        };
+        Ok((request, GenerationStream::live(id, receiver, self.inner.scheduler.clone())))
     }
 }
 
@@ -464,11 +639,41 @@ async fn collect(mut stream: GenerationStream) -> Result<Generation> {
                     prompt_logits,
                     time_to_first_token: finish.time_to_first_token,
                     total_time: finish.total_time,
+                    reused_tokens: finish.reused_tokens,
                 });
             }
         }
     }
     Err(Error::Stopped)
+}
+
+/// What the scheduler may do, from the plan and the options.
+fn limits(pipeline: &HeterogeneousPipeline, options: &ExecutorOptions) -> Limits {
+    let config = pipeline.config();
+    let kv_positions = |stage: &StagePlan| stage.kv_budget / stage.kv_bytes_per_token.max(1);
+    let scaling = &config.rope.scaling;
+    let micro_batches = options.micro_batches.unwrap_or(pipeline.stages().len());
+    Limits {
+        context_length: pipeline.context_length(),
+        prefill_chunk: options.prefill_chunk,
+        token_budget: options.token_budget,
+        micro_batches,
+        in_flight: options.in_flight.map_or(micro_batches, |in_flight| in_flight.min(micro_batches)),
+        max_sequences: options.max_sequences,
+        kv_positions: pipeline.stages().iter().map(kv_positions).min().unwrap_or(0) as usize,
+        prefix_cache: options.prefix_cache,
+        eos_token_ids: config.eos_token_ids.clone(),
+        recompute_at: match scaling {
+            RopeScaling::LongRope { original_max_position_embeddings, .. } => {
+                Some(original_max_position_embeddings + 1)
+            }
+            _ => None,
+        },
+        own_rotations_from: match scaling {
+            RopeScaling::Dynamic { original_max_position_embeddings, .. } => Some(original_max_position_embeddings + 1),
+            _ => None,
+        },
+    }
 }
 
 struct Stages {
@@ -493,7 +698,8 @@ fn start_stages(
     // From the last stage to the first, since each is given the way into the next.
     let mut next: Option<SyncSender<StageMessage>> = None;
     for stage in (0..count).rev() {
-        let (sender, stage_inbox) = inbox(count);
+        // Enough for the steps and for many sequences to be opened and closed behind a step that takes long.
+        let (sender, stage_inbox) = inbox(2 * count + 2 * options.max_sequences.min(1024));
         let device = pipeline.devices()[stage].clone();
         let way_on = match next.take() {
             None => Next::Scheduler,

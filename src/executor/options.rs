@@ -1,5 +1,7 @@
 //! What a caller can ask of one generation.
 
+use std::time::Duration;
+
 use crate::error::{Error, Result};
 
 /// How tokens are chosen and when to stop. `Default` is greedy, 512 tokens, no penalties.
@@ -36,6 +38,12 @@ pub struct GenerationOptions {
     pub ignore_eos: bool,
     /// Return the logits of the last prompt position (for checks against other implementations).
     pub prompt_logits: bool,
+    /// Time from submission after which the generation ends, wherever it is: with [`FinishReason::Deadline`] and what
+    /// there is by then, which is nothing if the request was still waiting. `None` waits as long as it takes.
+    pub deadline: Option<Duration>,
+    /// Take over the KV of a prompt that begins alike, and leave one's own for others. Off keeps a request's timing from
+    /// telling others what it holds.
+    pub reuse_prefix: bool,
 }
 
 impl Default for GenerationOptions {
@@ -55,6 +63,8 @@ impl Default for GenerationOptions {
             logprobs: None,
             ignore_eos: false,
             prompt_logits: false,
+            deadline: None,
+            reuse_prefix: true,
         }
     }
 }
@@ -110,6 +120,8 @@ pub enum FinishReason {
     Length,
     /// The caller dropped the stream.
     Cancelled,
+    /// The request's deadline passed. What was generated until then is valid.
+    Deadline,
 }
 
 /// A token's probability among all tokens, before temperature and filters.

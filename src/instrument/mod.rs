@@ -14,6 +14,13 @@ pub enum Event {
         /// Tokens in its prompt.
         prompt_tokens: usize,
     },
+    /// A request took over the KV of tokens that it shares with another.
+    PrefixReused {
+        /// Its number.
+        request: u64,
+        /// Tokens of its prompt that need not be computed.
+        tokens: usize,
+    },
     /// A request ended.
     RequestFinished {
         /// Its number.
@@ -25,9 +32,13 @@ pub enum Event {
     StageStep {
         /// Index of the stage.
         stage: usize,
+        /// Number of the step: the same micro-batch has the same one in every stage.
+        step: u64,
         /// Rows in the micro-batch.
         rows: usize,
-        /// Time the stage stood idle before it.
+        /// Time the micro-batch waited for the stage.
+        queued: Duration,
+        /// Time the stage waited for it while there was work elsewhere in the pipeline: a bubble.
         wait: Duration,
         /// Time it computed.
         compute: Duration,

@@ -55,6 +55,21 @@ impl SequenceKv {
         Ok(())
     }
 
+    /// Takes over the first `len` positions of `source`, a sequence of the same layers.
+    pub fn copy_prefix(&mut self, source: &SequenceKv, len: usize) -> Result<()> {
+        if len > self.capacity.min(source.capacity) {
+            let (capacity, source) = (self.capacity, source.capacity);
+            return Err(Error::Tensors(format!(
+                "{len} positions of a KV cache of {source} do not fit into {capacity}"
+            )));
+        }
+        for (to, from) in self.layers.iter().zip(&source.layers) {
+            to.keys.slice_set(&from.keys.narrow(1, 0, len)?.contiguous()?, 1, 0)?;
+            to.values.slice_set(&from.values.narrow(1, 0, len)?.contiguous()?, 1, 0)?;
+        }
+        Ok(())
+    }
+
     /// Views of positions `start..end` of layer `layer`: (num_key_value_heads, end - start, head_dim) each.
     pub fn view(&self, layer: usize, start: usize, end: usize) -> Result<(Tensor, Tensor)> {
         let cache = &self.layers[layer];

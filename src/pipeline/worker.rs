@@ -1,18 +1,19 @@
 //! The stage thread: owns one [`StageBackend`], takes messages in order, passes them on. Control messages travel the
 //! same way as the work, so a sequence is opened in a stage before its first rows arrive and closed after its last.
 
+use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use candle_core::Tensor;
 
 use super::transfer::Link;
 use crate::backend::{MicroBatch, SequenceId, StageBackend, StageOutput};
 use crate::device::OpenDevice;
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::instrument::{Event, Probe};
 
 /// What a stage is told, in order.
@@ -23,6 +24,8 @@ pub enum StageMessage {
         id: SequenceId,
         /// Positions it may grow to.
         capacity: usize,
+        /// An open sequence whose first positions it begins with, and how many.
+        prefix: Option<(SequenceId, usize)>,
     },
     /// Compute.
     Step {
@@ -35,12 +38,32 @@ pub enum StageMessage {
         /// Set when nobody wants the step any more: a stage that has not begun it passes it by. Not part of the
         /// micro-batch, which is plain data.
         cancelled: Arc<AtomicBool>,
+        /// For the accounts.
+        times: StepTimes,
     },
     /// Free KV.
     Close {
         /// The sequence.
         id: SequenceId,
     },
+}
+
+/// Times that travel with a step.
+#[derive(Debug, Clone, Copy)]
+pub struct StepTimes {
+    /// Since when there has been work. A stage that stood idle before that was not starved: nobody wanted anything.
+    pub work_since: Instant,
+    /// When the step was handed to the stage that is to compute it.
+    pub sent: Instant,
+    /// The longest that a stage has computed it.
+    pub slowest: Duration,
+}
+
+impl StepTimes {
+    /// Of a step that is sent now.
+    pub fn sent_now(work_since: Instant) -> Self {
+        StepTimes { work_since, sent: Instant::now(), slowest: Duration::ZERO }
+    }
 }
 
 /// What the stages answer.
@@ -50,7 +73,9 @@ pub enum StageReply {
         /// Number of the step.
         step: u64,
         /// One vector for each slice that wanted logits.
-        logits: Vec<Vec<f32>>,
+        logits: Vec<(SequenceId, Vec<f32>)>,
+        /// The longest that a stage computed it; what bounds the rate of a full pipeline.
+        slowest: Duration,
     },
     /// Every stage has freed the sequence.
     Closed {
@@ -87,8 +112,16 @@ pub struct StageCounters {
     pub kv_bytes: AtomicU64,
     /// Nanoseconds spent computing.
     pub compute_ns: AtomicU64,
+    /// Nanoseconds spent without a step while there was work somewhere in the pipeline: the bubbles.
+    pub wait_ns: AtomicU64,
+    /// Nanoseconds spent copying output towards the next stage.
+    pub copy_ns: AtomicU64,
+    /// Nanoseconds that steps waited for the stage, summed over the steps.
+    pub queued_ns: AtomicU64,
     /// Micro-batches computed.
     pub steps: AtomicU64,
+    /// Rows in them.
+    pub rows: AtomicU64,
 }
 
 /// Where a stage's output goes.
@@ -119,17 +152,50 @@ pub struct Worker {
     pub probe: Probe,
 }
 
+/// What a stage remembers from message to message.
+struct State {
+    /// When the last step ended. Opening and closing count as waiting, they compute nothing.
+    idle_since: Instant,
+    /// Sequences that could not be opened here and are not closed yet.
+    refused: HashSet<SequenceId>,
+}
+
+/// The micro-batch without the rows of sequences that could not be opened here: the others in it go on.
+fn without(
+    refused: &HashSet<SequenceId>,
+    mut batch: MicroBatch,
+    mut input: Option<Tensor>,
+) -> Result<(MicroBatch, Option<Tensor>)> {
+    if batch.slices.iter().all(|slice| !refused.contains(&slice.id)) {
+        return Ok((batch, input));
+    }
+    let mut kept = Vec::with_capacity(batch.tokens.len());
+    let mut start = 0;
+    for slice in &batch.slices {
+        let rows = start..start + slice.len as u32;
+        start = rows.end;
+        if !refused.contains(&slice.id) {
+            kept.extend(rows);
+        }
+    }
+    batch.slices.retain(|slice| !refused.contains(&slice.id));
+    batch.tokens = kept.iter().map(|&row| batch.tokens[row as usize]).collect();
+    if let Some(x) = &mut input {
+        *x = x.index_select(&Tensor::new(kept, x.device())?, 0)?;
+    }
+    Ok((batch, input))
+}
+
 impl Worker {
     /// Serves messages until the sender is gone or the backend panics. Runs on the stage's thread.
     pub fn run(self, mut backend: Box<dyn StageBackend>) {
-        let mut idle_since = Instant::now();
+        let mut state = State { idle_since: Instant::now(), refused: HashSet::new() };
         while let Ok(message) = self.inbox.recv() {
             if self.stopping.load(Ordering::Relaxed) {
                 return;
             }
-            let received = Instant::now();
             // The backend is not looked at again after a panic, so what it was in the middle of does not matter.
-            let served = catch_unwind(AssertUnwindSafe(|| self.serve(&mut *backend, message, idle_since, received)));
+            let served = catch_unwind(AssertUnwindSafe(|| self.serve(&mut *backend, message, &mut state)));
             if let Err(panic) = served {
                 let reason = panic_message(&*panic);
                 (self.replies)(StageReply::Died {
@@ -139,20 +205,27 @@ impl Worker {
                 let _ = catch_unwind(AssertUnwindSafe(move || drop(backend)));
                 return;
             }
-            idle_since = Instant::now();
         }
     }
 
-    fn serve(&self, backend: &mut dyn StageBackend, message: StageMessage, idle_since: Instant, received: Instant) {
+    fn serve(&self, backend: &mut dyn StageBackend, message: StageMessage, state: &mut State) {
         match message {
-            StageMessage::Open { id, capacity } => {
-                match backend.open(id, capacity) {
-                    Ok(()) => self.pass_on(StageMessage::Open { id, capacity }),
-                    Err(error) => (self.replies)(StageReply::OpenFailed { id, error: self.failed(error) }),
+            StageMessage::Open { id, capacity, prefix } => {
+                let opened = match prefix {
+                    None => backend.open(id, capacity),
+                    Some((from, len)) => backend.fork(from, id, len, capacity),
+                };
+                match opened {
+                    Ok(()) => self.pass_on(StageMessage::Open { id, capacity, prefix }),
+                    Err(error) => {
+                        state.refused.insert(id);
+                        (self.replies)(StageReply::OpenFailed { id, error: self.failed(error) });
+                    }
                 }
                 self.publish(backend);
             }
             StageMessage::Close { id } => {
+                state.refused.remove(&id);
                 backend.close(id);
                 self.publish(backend);
                 match &self.next {
@@ -160,37 +233,59 @@ impl Worker {
                     Next::Scheduler => (self.replies)(StageReply::Closed { id }),
                 }
             }
-            StageMessage::Step { step, cancelled, .. } if cancelled.load(Ordering::Relaxed) => {
-                (self.replies)(StageReply::Done { step, logits: Vec::new() });
+            StageMessage::Step { step, cancelled, times, .. } if cancelled.load(Ordering::Relaxed) => {
+                (self.replies)(StageReply::Done { step, logits: Vec::new(), slowest: times.slowest });
             }
-            StageMessage::Step { step, batch, input, cancelled } => {
+            StageMessage::Step { step, batch, input, cancelled, mut times } => {
+                let received = Instant::now();
+                let wait = received.saturating_duration_since(state.idle_since.max(times.work_since));
+                let queued = received.saturating_duration_since(times.sent);
                 let rows = batch.tokens.len();
-                let output = backend.forward(&batch, input);
+                let forward = |backend: &mut dyn StageBackend| {
+                    let (batch, input) = without(&state.refused, batch, input)?;
+                    if batch.slices.is_empty() {
+                        return Err(Error::Tensors("none of the step's sequences could be opened".into()));
+                    }
+                    let output = backend.forward(&batch, input)?;
+                    // A GPU computes on after the call returns; its time belongs to this stage.
+                    self.device.device.synchronize()?;
+                    Ok((batch, output))
+                };
+                let output = forward(backend);
                 let computed = Instant::now();
                 let compute = computed - received;
                 let output = match (output, &self.next) {
-                    (Ok(StageOutput::Activations(x)), Next::Stage(_, link)) => {
-                        link.send(x).map(StageOutput::Activations)
+                    (Ok((batch, StageOutput::Activations(x))), Next::Stage(_, link)) => {
+                        link.send(x).map(|x| (batch, StageOutput::Activations(x)))
                     }
-                    (Ok(StageOutput::Activations(_)), Next::Scheduler) => {
+                    (Ok((_, StageOutput::Activations(_))), Next::Scheduler) => {
                         Err(Error::Tensors("the last stage returned activations instead of logits".into()))
                     }
                     (output, _) => output,
                 };
-                self.counters.compute_ns.fetch_add(compute.as_nanos() as u64, Ordering::Relaxed);
-                self.counters.steps.fetch_add(1, Ordering::Relaxed);
-                self.probe.emit(|| Event::StageStep {
-                    stage: self.stage,
-                    rows,
-                    wait: received - idle_since,
-                    compute,
-                    copy: computed.elapsed(),
-                });
+                state.idle_since = Instant::now();
+                let copy = state.idle_since - computed;
+                let counters = &self.counters;
+                let add = |counter: &AtomicU64, time: Duration| {
+                    counter.fetch_add(time.as_nanos() as u64, Ordering::Relaxed);
+                };
+                add(&counters.compute_ns, compute);
+                add(&counters.wait_ns, wait);
+                add(&counters.copy_ns, copy);
+                add(&counters.queued_ns, queued);
+                counters.steps.fetch_add(1, Ordering::Relaxed);
+                counters.rows.fetch_add(rows as u64, Ordering::Relaxed);
+                self.probe.emit(|| Event::StageStep { stage: self.stage, step, rows, queued, wait, compute, copy });
+                times = StepTimes { sent: state.idle_since, slowest: times.slowest.max(compute), ..times };
                 match output {
-                    Ok(StageOutput::Activations(x)) => {
-                        self.pass_on(StageMessage::Step { step, batch, input: Some(x), cancelled });
+                    Ok((batch, StageOutput::Activations(x))) => {
+                        self.pass_on(StageMessage::Step { step, batch, input: Some(x), cancelled, times });
                     }
-                    Ok(StageOutput::Logits(logits)) => (self.replies)(StageReply::Done { step, logits }),
+                    Ok((batch, StageOutput::Logits(logits))) => {
+                        let wanted = batch.slices.iter().filter(|slice| slice.logits).map(|slice| slice.id);
+                        let logits = wanted.zip(logits).collect();
+                        (self.replies)(StageReply::Done { step, logits, slowest: times.slowest });
+                    }
                     Err(error) => (self.replies)(StageReply::StepFailed { step, error: self.failed(error) }),
                 }
             }
@@ -226,6 +321,6 @@ pub fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
 }
 
 /// The sending half of a stage's inbox and the receiving one. Bounded: a stage that falls behind holds up the one before.
-pub fn inbox(stages: usize) -> (SyncSender<StageMessage>, Receiver<StageMessage>) {
-    std::sync::mpsc::sync_channel(2 * stages + 2)
+pub fn inbox(messages: usize) -> (SyncSender<StageMessage>, Receiver<StageMessage>) {
+    std::sync::mpsc::sync_channel(messages)
 }
