@@ -21,11 +21,13 @@ fn prompt(length: usize) -> Vec<u32> {
 #[tokio::test]
 async fn the_second_request_equals_the_first() {
     let executor = executor(DEMO_MODEL, "cpu,cpu", None).await.unwrap();
-    let options = GenerationOptions { reuse_prefix: false, ..greedy(30) };
-    let first = executor.infer_with(&prompt(30), &options).await.unwrap();
+    let first = executor.infer_with(&prompt(30), &greedy(30)).await.unwrap();
     executor.infer(&prompt(200), 10, 0.0, 1.0).await.unwrap();
-    let second = executor.infer_with(&prompt(30), &options).await.unwrap();
-    assert!(bits(&first) == bits(&second));
+    for reuse_prefix in [true, false] {
+        let options = GenerationOptions { reuse_prefix, ..greedy(30) };
+        let second = executor.infer_with(&prompt(30), &options).await.unwrap();
+        assert!(bits(&first) == bits(&second), "reuse_prefix {reuse_prefix}");
+    }
     assert_memory_returns(&executor).await;
 }
 

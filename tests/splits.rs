@@ -4,9 +4,10 @@ mod common;
 
 use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageOutput};
 use candle_pipeline::{
-    DEMO_MODEL, DeviceSpec, GenerationOptions, HeterogeneousPipeline, HeterogeneousPipelineExecutor,
+    DEMO_MODEL, DeviceSpec, ExecutorOptions, GenerationOptions, HeterogeneousPipeline, HeterogeneousPipelineExecutor,
+    Isa, KvType, PipelineOptions,
 };
-use common::{bits, executor, greedy};
+use common::{bits, executor, executor_with, greedy};
 
 /// Every way to write `layers` as a sum of positive numbers in order.
 fn cuts(layers: usize) -> Vec<Vec<usize>> {
@@ -92,9 +93,7 @@ async fn a_batch_gives_each_prompt_what_it_gives_alone() {
         let alone = run(&executor, 16).await;
         let prompts = prompts(executor.pipeline().config().vocab_size);
         let together = executor.infer_batch_with(&prompts, &greedy(16)).await.unwrap();
-        for (together, (alone, _)) in together.iter().zip(&alone) {
-            assert_eq!(together.tokens, *alone, "on {names}");
-        }
+        assert!(together.iter().map(bits).collect::<Bits>() == alone, "on {names}");
         let tokens = executor.infer_batch(&prompts, 16, 0.0, 1.0).await.unwrap();
         assert_eq!(tokens.len(), prompts.len());
     }
@@ -129,6 +128,37 @@ fn rows_of_several_sequences_in_one_micro_batch_are_those_of_each_alone() {
     let alone = [run(&[slice(0, 3, 1)], &[7]), run(&[slice(1, 5, 1)], &[8])].concat();
     let together = run(&[slice(2, 3, 1), slice(3, 5, 1)], &[7, 8]);
     assert!(alone == together, "decode");
+}
+
+#[tokio::test]
+async fn chunks_threads_instructions_and_reused_prefixes_change_no_bit() {
+    for file in ["", "demo-q8_0.gguf", "demo-q4_0.gguf"] {
+        let model = format!("{DEMO_MODEL}/{file}");
+        let wanted = run(&executor(&model, "cpu", None).await.unwrap(), 8).await;
+        for prefill_chunk in [1, 7, 64, 1000] {
+            let options = ExecutorOptions { prefill_chunk, ..ExecutorOptions::default() };
+            let chunked = executor_with(&model, "cpu,cpu", None, options).await.unwrap();
+            assert!(run(&chunked, 8).await == wanted, "{file} in chunks of {prefill_chunk}");
+            // The second time all but the last token's KV is another sequence's.
+            assert!(run(&chunked, 8).await == wanted, "{file} in chunks of {prefill_chunk}, again");
+            assert!(chunked.prefix_stats().hits > 0);
+        }
+        for isa in Isa::available() {
+            for kv_type in KvType::ALL {
+                let options = PipelineOptions { isa: Some(isa), kv_type, ..PipelineOptions::default() };
+                let devices = DeviceSpec::parse_list("cpu@threads=1,cpu@threads=3").unwrap();
+                let pipeline = HeterogeneousPipeline::with_options(&devices, &model, options).unwrap();
+                let executor = HeterogeneousPipelineExecutor::new(pipeline, &model).await.unwrap();
+                let short: Vec<u32> = (3..40).collect();
+                let found = bits(&executor.infer_with(&short, &greedy(8)).await.unwrap());
+                let options = PipelineOptions { kv_type, ..PipelineOptions::default() };
+                let pipeline = HeterogeneousPipeline::with_options(&devices[..1], &model, options).unwrap();
+                let reference = HeterogeneousPipelineExecutor::new(pipeline, &model).await.unwrap();
+                let wanted = bits(&reference.infer_with(&short, &greedy(8)).await.unwrap());
+                assert!(found == wanted, "{file} with {isa} and {kv_type}");
+            }
+        }
+    }
 }
 
 #[test]

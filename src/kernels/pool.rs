@@ -127,7 +127,7 @@ impl Pool {
 /// Waits a little: on the core at first, then letting others have it, since there may be more threads than cores.
 fn relax(rounds: &mut u32) {
     *rounds += 1;
-    if *rounds < 1 << 14 {
+    if *rounds < 1 << 12 {
         std::hint::spin_loop();
     } else {
         std::thread::yield_now();
