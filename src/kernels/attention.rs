@@ -1,6 +1,6 @@
 //! Grouped-query attention.
 //!
-//! Positions are taken [`CHUNK`] at a time, counted from the sequence's start. Within a chunk a query's scores become
+//! Positions are taken 256 at a time, counted from the sequence's start. Within a chunk a query's scores become
 //! weights relative to the chunk's greatest, and the weighted values are summed; the chunks' sums are put together in
 //! order. A query's result is thereby one sequence of operations, whatever other queries it is computed with, whichever
 //! threads take which chunks, and on every instruction set. What a query does not see has weight 0, which changes no sum.
@@ -25,6 +25,9 @@ const CHUNK: usize = 256;
 
 /// Queries that are multiplied with a key or value once it is in a register.
 const TILE: usize = 6;
+
+/// Dimensions or positions of a pass where registers do not take a whole [`SLAB`] or [`STRIP`].
+const PASS: usize = 16;
 
 /// Queries of a task: as many as share what is in the caches.
 const QUERIES: usize = 64;
@@ -84,13 +87,12 @@ impl<N: Dense> Stored for N {
     #[inline(always)]
     unsafe fn scores<S: Simd, const T: usize>(slab: *const u8, layout: &Layout, packed: *const f32, out: *mut f32) {
         let (slab, dims) = (slab.cast::<N>(), layout.head_dim);
-        // SAFETY: this function's conditions. `T * 4` sums, four keys and a query's value fit 32 registers, and `T` sums
-        // with one key fewer.
+        // SAFETY: this function's conditions.
         unsafe {
-            if S::REGISTERS >= 32 {
-                dense_scores::<S, N, T, 4>(slab, dims, packed, out);
-            } else {
-                dense_scores::<S, N, T, 1>(slab, dims, packed, out);
+            match const { fitting(S::REGISTERS, T) } {
+                4 => dense_scores::<S, N, T, 4>(slab, dims, packed, out),
+                2 => dense_scores::<S, N, T, 2>(slab, dims, packed, out),
+                _ => dense_scores::<S, N, T, 1>(slab, dims, packed, out),
             }
         }
     }
@@ -102,7 +104,22 @@ impl<N: Dense> Stored for N {
     }
 }
 
+/// Vectors that are multiplied with a tile of queries at a time: so many that the sums fit the registers, with a vector
+/// and a query's value beside them.
+const fn fitting(registers: usize, tile: usize) -> usize {
+    if tile * 4 + 3 <= registers {
+        4
+    } else if tile * 2 + 3 <= registers {
+        2
+    } else {
+        1
+    }
+}
+
 /// `P` vectors of keys at a time: every score is the sum over the dimensions in their order.
+///
+/// # Safety
+/// As of [`Stored::scores`].
 #[inline(always)]
 unsafe fn dense_scores<S: Simd, N: Dense, const T: usize, const P: usize>(
     slab: *const N,
@@ -110,32 +127,58 @@ unsafe fn dense_scores<S: Simd, N: Dense, const T: usize, const P: usize>(
     packed: *const f32,
     out: *mut f32,
 ) {
-    for first in (0..SLAB).step_by(P * LANES) {
-        // SAFETY: the slab has `dims` rows of `SLAB` keys, the packed queries as many rows of `T`.
-        unsafe {
-            let mut sums = [[S::splat(0.0); P]; T];
-            let mut keys = slab.add(first);
-            let mut queries = packed;
-            for _ in 0..dims {
-                let mut key = [S::splat(0.0); P];
-                for p in 0..P {
-                    key[p] = N::load::<S>(keys.add(p * LANES));
-                }
-                for t in 0..T {
-                    let query = S::splat(*queries.add(t));
+    // Where a slab is more than one pass, each is over so few dimensions that memory is read in its order.
+    let block = if P * LANES == SLAB { dims } else { PASS };
+    for start in (0..dims).step_by(block) {
+        for first in (0..SLAB).step_by(P * LANES) {
+            // SAFETY: the slab has `dims` rows of `SLAB` keys, the packed queries as many rows of `T`.
+            unsafe {
+                let out = out.add(first);
+                let mut sums = sums_so_far::<S, T, P>(out, CHUNK, start == 0);
+                for dim in start..dims.min(start + block) {
+                    let (keys, queries) = (slab.add(dim * SLAB + first), packed.add(dim * T));
+                    let mut key = [S::splat(0.0); P];
                     for p in 0..P {
-                        sums[t][p] = S::fma(key[p], query, sums[t][p]);
+                        key[p] = N::load::<S>(keys.add(p * LANES));
+                    }
+                    for t in 0..T {
+                        let query = S::splat(*queries.add(t));
+                        for p in 0..P {
+                            sums[t][p] = S::fma(key[p], query, sums[t][p]);
+                        }
                     }
                 }
-                keys = keys.add(SLAB);
-                queries = queries.add(T);
-            }
-            for t in 0..T {
-                for p in 0..P {
-                    S::store(out.add(t * CHUNK + first + p * LANES), sums[t][p]);
+                for t in 0..T {
+                    for p in 0..P {
+                        S::store(out.add(t * CHUNK + p * LANES), sums[t][p]);
+                    }
                 }
             }
         }
+    }
+}
+
+/// Zeros for the first pass over rows of sums, and what has been stored for the next ones.
+///
+/// # Safety
+/// As of [`Simd`]; there are `T` rows of `V` vectors, `stride` apart.
+#[inline(always)]
+unsafe fn sums_so_far<S: Simd, const T: usize, const V: usize>(
+    from: *const f32,
+    stride: usize,
+    first: bool,
+) -> [[S::F; V]; T] {
+    // SAFETY: this function's conditions.
+    unsafe {
+        let mut sums = [[S::splat(0.0); V]; T];
+        if !first {
+            for t in 0..T {
+                for v in 0..V {
+                    sums[t][v] = S::load(from.add(t * stride + v * LANES));
+                }
+            }
+        }
+        sums
     }
 }
 
@@ -186,10 +229,10 @@ impl Stored for Quantised {
     unsafe fn scores<S: Simd, const T: usize>(slab: *const u8, layout: &Layout, packed: *const f32, out: *mut f32) {
         // SAFETY: this function's conditions.
         unsafe {
-            if S::REGISTERS >= 32 {
-                quantised_scores::<S, T, 2>(slab, layout.padded(), packed, out);
-            } else {
-                quantised_scores::<S, T, 1>(slab, layout.padded(), packed, out);
+            match const { fitting(S::REGISTERS, T) } {
+                4 => quantised_scores::<S, T, 4>(slab, layout.padded(), packed, out),
+                2 => quantised_scores::<S, T, 2>(slab, layout.padded(), packed, out),
+                _ => quantised_scores::<S, T, 1>(slab, layout.padded(), packed, out),
             }
         }
     }
@@ -202,6 +245,9 @@ impl Stored for Quantised {
 }
 
 /// As [`dense_scores`]; within a group the products are exact, and the groups are added up in their order.
+///
+/// # Safety
+/// As of [`Stored::scores`].
 #[inline(always)]
 unsafe fn quantised_scores<S: Simd, const T: usize, const P: usize>(
     slab: *const u8,
@@ -209,46 +255,37 @@ unsafe fn quantised_scores<S: Simd, const T: usize, const P: usize>(
     packed: *const f32,
     out: *mut f32,
 ) {
-    for first in (0..SLAB).step_by(P * LANES) {
-        // SAFETY: each group of the slab is `SLAB` scales and a row of `SLAB` times four bytes for each four dimensions.
-        unsafe {
-            let mut sums = [[S::splat(0.0); P]; T];
-            let mut keys = slab;
-            let mut queries = packed.cast::<i8>();
-            let mut scales = packed.add(padded / 4 * T);
-            let mut offsets = scales.add(padded / GROUP * T).cast::<i32>();
-            for _ in 0..padded / GROUP {
+    let groups = padded / GROUP;
+    for group in 0..groups {
+        for first in (0..SLAB).step_by(P * LANES) {
+            // SAFETY: each group of the slab is `SLAB` scales and a row of `SLAB` times four bytes for each four dimensions.
+            // The packed queries are as `pack` has made them.
+            unsafe {
+                let scales = slab.add(group * SLAB * (GROUP + 2)).cast::<f16>();
+                let keys = scales.add(SLAB).cast::<u8>().add(first * 4);
+                let queries = packed.add(group * GROUP / 4 * T).cast::<i8>();
+                let query_scales = packed.add((padded / 4 + group) * T);
+                let offsets = query_scales.add(groups * T).cast::<i32>();
                 let mut products = [[S::splat_i(0); P]; T];
                 for t in 0..T {
                     products[t] = [S::splat_i(*offsets.add(t)); P];
                 }
-                let mut key_scales = [S::splat(0.0); P];
-                for p in 0..P {
-                    key_scales[p] = S::load_f16(keys.cast::<f16>().add(first + p * LANES));
-                }
-                keys = keys.add(SLAB * 2);
-                for _ in 0..GROUP / 4 {
+                for i in 0..GROUP / 4 {
                     for p in 0..P {
-                        let key = S::load_bytes(keys.add((first + p * LANES) * 4));
+                        let key = S::load_bytes(keys.add(i * SLAB * 4 + p * LANES * 4));
                         for t in 0..T {
-                            products[t][p] = S::dot_i8(products[t][p], key, queries.add(t * 4));
+                            products[t][p] = S::dot_i8(products[t][p], key, queries.add((i * T + t) * 4));
                         }
                     }
-                    keys = keys.add(SLAB * 4);
-                    queries = queries.add(T * 4);
                 }
-                for t in 0..T {
-                    let scale = S::splat(*scales.add(t));
-                    for p in 0..P {
-                        sums[t][p] = S::fma(S::to_f32(products[t][p]), S::mul(key_scales[p], scale), sums[t][p]);
-                    }
-                }
-                scales = scales.add(T);
-                offsets = offsets.add(T);
-            }
-            for t in 0..T {
                 for p in 0..P {
-                    S::store(out.add(t * CHUNK + first + p * LANES), sums[t][p]);
+                    let scale = S::load_f16(scales.add(first + p * LANES));
+                    for t in 0..T {
+                        let out = out.add(t * CHUNK + first + p * LANES);
+                        let sum = if group == 0 { S::splat(0.0) } else { S::load(out) };
+                        let scale = S::mul(scale, S::splat(*query_scales.add(t)));
+                        S::store(out, S::fma(S::to_f32(products[t][p]), scale, sum));
+                    }
                 }
             }
         }
@@ -669,28 +706,34 @@ impl<N: Stored> Attend<'_, N> {
                 *parts.add(t * part + padded) = most;
                 *parts.add(t * part + padded + 1) = sum;
             }
+            // As for keys: where a strip is more than one pass, each is over few positions.
+            let fitting = const { fitting(S::REGISTERS, T) };
+            let block = if fitting * LANES == STRIP { CHUNK } else { PASS };
             for (index, (strip, width)) in layout.strips().enumerate() {
                 let values = values.add(strip + chunk * CHUNK * width * N::SIZE);
-                let mut dim = 0;
-                while dim < width {
-                    let of_dim = Mix {
-                        values: values.add(dim * N::SIZE),
-                        stride: width * N::SIZE,
-                        scales: self.scales.wrapping_add((index * STRIP + dim) / GROUP * CHUNK),
-                        weights: self.weights,
-                        positions: (from, to),
-                        out: parts.add(index * STRIP + dim),
-                        part,
-                    };
-                    let vectors = (width - dim) / LANES;
-                    dim += LANES
-                        * if S::REGISTERS >= 32 && vectors >= 4 {
-                            of_dim.run::<S, N, T, 4>()
-                        } else if S::REGISTERS >= 32 && vectors >= 2 {
-                            of_dim.run::<S, N, T, 2>()
-                        } else {
-                            of_dim.run::<S, N, T, 1>()
+                for start in (from..to).step_by(block) {
+                    let mut dim = 0;
+                    while dim < width {
+                        let mix = Mix {
+                            values: values.add(dim * N::SIZE),
+                            stride: width * N::SIZE,
+                            scales: self.scales.wrapping_add((index * STRIP + dim) / GROUP * CHUNK),
+                            weights: self.weights,
+                            positions: start..to.min(start + block),
+                            first: start == from,
+                            out: parts.add(index * STRIP + dim),
+                            part,
                         };
+                        let vectors = (width - dim) / LANES;
+                        dim += LANES
+                            * if fitting >= 4 && vectors >= 4 {
+                                mix.run::<S, N, T, 4>()
+                            } else if fitting >= 2 && vectors >= 2 {
+                                mix.run::<S, N, T, 2>()
+                            } else {
+                                mix.run::<S, N, T, 1>()
+                            };
+                    }
                 }
             }
             if self.split.is_none() {
@@ -813,7 +856,9 @@ struct Mix {
     stride: usize,
     scales: *const f32,
     weights: *const f32,
-    positions: (usize, usize),
+    positions: Range<usize>,
+    /// Whether these are the first positions.
+    first: bool,
     out: *mut f32,
     /// From a query's result to the next query's.
     part: usize,
@@ -827,8 +872,8 @@ impl Mix {
     #[inline(always)]
     unsafe fn run<S: Simd, N: Stored, const T: usize, const D: usize>(self) -> usize {
         // SAFETY: this function's conditions.
-        let mut sums = unsafe { [[S::splat(0.0); D]; T] };
-        for position in self.positions.0..self.positions.1 {
+        let mut sums = unsafe { sums_so_far::<S, T, D>(self.out, self.part, self.first) };
+        for position in self.positions {
             // SAFETY: as above.
             unsafe {
                 let values = self.values.add(position * self.stride);
@@ -1011,19 +1056,20 @@ mod tests {
     #[test]
     fn nothing_changes_a_bit() {
         let pools = [1, 3].map(|threads| Pool::new(threads).unwrap());
-        for shape in [(7, 1, 40), (2, 2, 64), (8, 2, 128)] {
-            for (window, softcap) in [(None, None), (Some(300), Some(3.0)), (Some(20), None)] {
-                let mut case = Case::new(shape, 2 * CHUNK + 90, 3);
-                case.window = window;
-                case.shape.softcap = softcap;
-                for kv_type in KvType::ALL {
-                    let want = bits(&case.run(&pools[0], Isa::detect(), kv_type, case.rows));
-                    for at_a_time in [1, 5, 64, 333] {
-                        for pool in &pools {
-                            let found = bits(&case.run(pool, Isa::detect(), kv_type, at_a_time));
-                            assert!(want == found, "{kv_type} {shape:?} {window:?}: {at_a_time} rows at a time");
-                        }
-                    }
+        for (shape, window, softcap) in [
+            ((7, 1, 40), None, None),
+            ((2, 2, 64), Some(300), Some(3.0)),
+            ((8, 2, 128), Some(20), None),
+            ((12, 1, 16), None, Some(3.0)),
+        ] {
+            let mut case = Case::new(shape, 2 * CHUNK + 90, 3);
+            case.window = window;
+            case.shape.softcap = softcap;
+            for kv_type in KvType::ALL {
+                let want = bits(&case.run(&pools[0], Isa::detect(), kv_type, case.rows));
+                for (pool, at_a_time) in [(0, 1), (0, 100), (1, 2), (1, 64), (1, 333), (1, case.rows)] {
+                    let found = bits(&case.run(&pools[pool], Isa::detect(), kv_type, at_a_time));
+                    assert!(want == found, "{kv_type} {shape:?} {window:?}: {at_a_time} rows at a time");
                 }
             }
         }
