@@ -45,7 +45,9 @@ pub use executor::scheduler::{Finish, GeneratedToken, GenerationEvent};
 pub use executor::stream::{GenerationStream, TextStream, TokenStream};
 pub use executor::tokenizer::{ChatMessage, Tokenizer};
 pub use executor::{ExecutorOptions, Generation, HeterogeneousPipelineExecutor, StageMemory, WarmupReport};
-pub use pipeline::{HeterogeneousPipeline, PipelineOptions, StagePlan};
+pub use pipeline::plan::{Objective, Plan};
+pub use pipeline::transfer::{LinkOptions, SimulatedLink, WireType};
+pub use pipeline::{HeterogeneousPipeline, MeasuredSplit, PipelineOptions, Split, StagePlan};
 
 /// The small trained model that comes with the sources, so that everything runs without a download: stories in simple
 /// English, Llama architecture, 8 layers.

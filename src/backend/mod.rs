@@ -5,9 +5,16 @@ mod candle;
 
 pub use candle::CandleBackend;
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use candle_core::Tensor;
 
+use crate::device::OpenDevice;
 use crate::error::Result;
+use crate::model::config::DecoderConfig;
+use crate::model::rope::Ropes;
+use crate::weights::{WeightSource, WeightType};
 
 /// Names a sequence in every stage. Never used twice within an executor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -65,9 +72,24 @@ pub trait StageBackend: Send {
     fn close(&mut self, id: SequenceId);
 
     /// Runs the rows of `batch` through the stage. `input` is the previous stage's output on this stage's device, `None`
-    /// for the first stage, which starts from the tokens.
+    /// for the first stage, which starts from the tokens. Positions before a slice's that were never computed are zeros:
+    /// a step far into a sequence can be measured without the steps before it.
     fn forward(&mut self, batch: &MicroBatch, input: Option<Tensor>) -> Result<StageOutput>;
 
     /// Bytes held now.
     fn bytes(&self) -> StageBytes;
+}
+
+/// Loads the layers `range` with the backend for the device, whose rotary tables are `ropes`; `progress` hears of bytes
+/// as they arrive.
+pub fn load(
+    source: &dyn WeightSource,
+    config: Arc<DecoderConfig>,
+    range: Range<usize>,
+    device: OpenDevice,
+    ropes: Arc<Ropes>,
+    dense_type: Option<WeightType>,
+    progress: &dyn Fn(u64),
+) -> Result<Box<dyn StageBackend>> {
+    Ok(Box::new(CandleBackend::load(source, config, range, device, ropes, dense_type, progress)?))
 }

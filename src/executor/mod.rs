@@ -20,7 +20,7 @@ use self::options::{FinishReason, GenerationOptions, TokenLogprob};
 use self::scheduler::{GenerationEvent, Limits, Message, Request, Scheduler, TextState, capacity};
 use self::stream::{GenerationStream, TextStream, TokenStream};
 use self::tokenizer::{ChatMessage, Tokenizer};
-use crate::backend::{CandleBackend, SequenceId, StageBackend};
+use crate::backend::{self, SequenceId, StageBackend};
 use crate::device::DeviceSpec;
 use crate::error::{Error, Result};
 use crate::instrument::Probe;
@@ -497,7 +497,10 @@ fn start_stages(
         let device = pipeline.devices()[stage].clone();
         let way_on = match next.take() {
             None => Next::Scheduler,
-            Some(sender) => Next::Stage(sender, Link::new(&device.device, &pipeline.devices()[stage + 1].device)?),
+            Some(sender) => {
+                let target = &pipeline.devices()[stage + 1].device;
+                Next::Stage(sender, Link::new(&device.device, target, pipeline.options().link)?)
+            }
         };
         let counter: Arc<StageCounters> = Arc::default();
         counters[stage] = counter.clone();
@@ -581,7 +584,7 @@ impl LoadStage {
                 progress(loaded, self.total);
             }
         };
-        let backend: Box<dyn StageBackend> = Box::new(CandleBackend::load(
+        let backend = backend::load(
             &**self.pipeline.weights(),
             self.pipeline.config().clone(),
             plan.layers.clone(),
@@ -589,7 +592,7 @@ impl LoadStage {
             self.pipeline.ropes()[self.stage].clone(),
             self.pipeline.options().dtype,
             &progress,
-        )?);
+        )?;
         Ok(match &self.options.wrap_backend {
             Some(wrap) => wrap(self.stage, backend),
             None => backend,

@@ -7,9 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::Instant;
 
-use candle_core::Tensor;
-
-use super::transfer::Link;
+use super::transfer::{Arrival, Link};
 use crate::backend::{MicroBatch, SequenceId, StageBackend, StageOutput};
 use crate::device::OpenDevice;
 use crate::error::Error;
@@ -31,7 +29,7 @@ pub enum StageMessage {
         /// Rows to run.
         batch: MicroBatch,
         /// The previous stage's output.
-        input: Option<Tensor>,
+        input: Option<Arrival>,
         /// Set when nobody wants the step any more: a stage that has not begun it passes it by. Not part of the
         /// micro-batch, which is plain data.
         cancelled: Arc<AtomicBool>,
@@ -99,6 +97,12 @@ pub enum Next {
     Scheduler,
 }
 
+/// A stage's output on its way.
+enum Sent {
+    Activations(Arrival),
+    Logits(Vec<Vec<f32>>),
+}
+
 /// All that a stage thread is given besides its backend.
 pub struct Worker {
     /// Index of the stage.
@@ -126,6 +130,10 @@ impl Worker {
         while let Ok(message) = self.inbox.recv() {
             if self.stopping.load(Ordering::Relaxed) {
                 return;
+            }
+            // Until it is there nothing behind it is either: a link delivers in order.
+            if let StageMessage::Step { input: Some(arrival), .. } = &message {
+                arrival.wait();
             }
             let received = Instant::now();
             // The backend is not looked at again after a panic, so what it was in the middle of does not matter.
@@ -165,17 +173,16 @@ impl Worker {
             }
             StageMessage::Step { step, batch, input, cancelled } => {
                 let rows = batch.tokens.len();
-                let output = backend.forward(&batch, input);
+                let output = backend.forward(&batch, input.map(Arrival::into_activations));
                 let computed = Instant::now();
                 let compute = computed - received;
-                let output = match (output, &self.next) {
-                    (Ok(StageOutput::Activations(x)), Next::Stage(_, link)) => {
-                        link.send(x).map(StageOutput::Activations)
-                    }
+                let sent = match (output, &self.next) {
+                    (Ok(StageOutput::Activations(x)), Next::Stage(_, link)) => link.send(x).map(Sent::Activations),
                     (Ok(StageOutput::Activations(_)), Next::Scheduler) => {
                         Err(Error::Tensors("the last stage returned activations instead of logits".into()))
                     }
-                    (output, _) => output,
+                    (Ok(StageOutput::Logits(logits)), _) => Ok(Sent::Logits(logits)),
+                    (Err(error), _) => Err(error),
                 };
                 self.counters.compute_ns.fetch_add(compute.as_nanos() as u64, Ordering::Relaxed);
                 self.counters.steps.fetch_add(1, Ordering::Relaxed);
@@ -186,11 +193,11 @@ impl Worker {
                     compute,
                     copy: computed.elapsed(),
                 });
-                match output {
-                    Ok(StageOutput::Activations(x)) => {
-                        self.pass_on(StageMessage::Step { step, batch, input: Some(x), cancelled });
+                match sent {
+                    Ok(Sent::Activations(arrival)) => {
+                        self.pass_on(StageMessage::Step { step, batch, input: Some(arrival), cancelled });
                     }
-                    Ok(StageOutput::Logits(logits)) => (self.replies)(StageReply::Done { step, logits }),
+                    Ok(Sent::Logits(logits)) => (self.replies)(StageReply::Done { step, logits }),
                     Err(error) => (self.replies)(StageReply::StepFailed { step, error: self.failed(error) }),
                 }
             }

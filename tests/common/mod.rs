@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use candle_pipeline::{
     DeviceSpec, ExecutorOptions, Generation, GenerationOptions, HeterogeneousPipeline, HeterogeneousPipelineExecutor,
-    PipelineOptions, Result,
+    PipelineOptions, Result, Split,
 };
 
 /// A folder below tests/fixtures.
@@ -26,7 +26,8 @@ pub async fn executor_with(
     options: ExecutorOptions,
 ) -> Result<HeterogeneousPipelineExecutor> {
     let devices = DeviceSpec::parse_list(devices)?;
-    let plan = PipelineOptions { split: split.map(<[usize]>::to_vec), ..PipelineOptions::default() };
+    let split = split.map_or(Split::Bytes, |counts| Split::Layers(counts.to_vec()));
+    let plan = PipelineOptions { split, ..PipelineOptions::default() };
     let pipeline = HeterogeneousPipeline::with_options(&devices, model, plan)?;
     HeterogeneousPipelineExecutor::with_options(pipeline, model, options).await
 }
