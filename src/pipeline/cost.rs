@@ -530,3 +530,95 @@ fn write_atomically(path: &Path, file: &CostFile) -> std::io::Result<()> {
     }
     written
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step(decode: &[(usize, f64)]) -> StepSeconds {
+        StepSeconds { decode: decode.to_vec(), prefill: 1.0 }
+    }
+
+    fn cost() -> DeviceCost {
+        let step = step(&[(1, 0.25), (2, 0.5)]);
+        DeviceCost { layers: vec![step.clone(), step.clone()], head: step }
+    }
+
+    /// A cache at `path` that has measured one device and one link, written.
+    fn write(path: &Path) {
+        let mut cache = CostCache::open(Some(path), false);
+        cache.devices.insert("device".into(), cost());
+        cache.links.insert("link".into(), LinkCost { latency: 0.5, ..LinkCost::default() });
+        cache.save();
+    }
+
+    #[test]
+    fn seconds_between_measurements_lie_on_a_line_and_beyond_them_grow_with_the_rows() {
+        let step = step(&[(1, 1.0), (4, 4.0), (8, 5.0)]);
+        for (rows, seconds) in [(1, 1.0), (2, 2.0), (4, 4.0), (6, 4.5), (8, 5.0), (16, 10.0)] {
+            assert_eq!(step.decode(rows), seconds, "{rows} rows");
+        }
+        assert_eq!(StepSeconds::default().decode(3), 0.0);
+        assert_eq!(cost().slowed(2.0).layers[0].decode, [(1, 0.5), (2, 1.0)]);
+    }
+
+    #[test]
+    fn the_file_gives_back_what_it_was_given_and_nothing_lies_beside_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("new/costs.json");
+        write(&path);
+        let cache = CostCache::open(Some(&path), false);
+        assert_eq!(cache.devices.get("device"), Some(&cost()));
+        assert_eq!(cache.links.get("link").unwrap().latency, 0.5);
+        assert_eq!(cache.devices.get("another device"), None);
+        assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn measuring_again_replaces_what_was_asked_for_and_keeps_the_rest() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("costs.json");
+        write(&path);
+        let mut cache = CostCache::open(Some(&path), true);
+        assert_eq!(cache.devices.get("device"), None);
+        cache.devices.insert("device".into(), cost().slowed(3.0));
+        assert_eq!(cache.devices.get("device"), Some(&cost().slowed(3.0)), "once a run is enough");
+        cache.save();
+        let cache = CostCache::open(Some(&path), false);
+        assert_eq!(cache.devices.get("device"), Some(&cost().slowed(3.0)));
+        assert!(cache.links.get("link").is_some());
+    }
+
+    #[test]
+    fn files_that_are_old_damaged_or_no_files_are_ignored_and_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("costs.json");
+        write(&path);
+        let good = std::fs::read_to_string(&path).unwrap();
+        for (damage, text) in [
+            ("cut off", good[..good.len() / 2].to_string()),
+            ("another version", good.replace(env!("CARGO_PKG_VERSION"), "0.0.0")),
+            ("negative seconds", good.replace("0.25", "-0.25")),
+            ("rows that fall", good.replace("2,\n            0.5", "1,\n            0.5")),
+            ("no JSON", "seconds".to_string()),
+            ("empty", String::new()),
+        ] {
+            assert_ne!(text, good, "{damage}");
+            std::fs::write(&path, &text).unwrap();
+            let cache = CostCache::open(Some(&path), false);
+            assert!(cache.devices.get("device").is_none() && cache.links.get("link").is_none(), "{damage}");
+            write(&path);
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), good, "{damage}");
+        }
+        // A folder in its place can be neither read nor written: told of, and no reason to fail.
+        write(folder.path());
+    }
+
+    #[test]
+    fn a_thread_has_a_message_soon_and_is_asked_once() {
+        let mut cache = CostCache::default();
+        let seconds = hand_over(&mut cache).unwrap();
+        assert!(seconds > 0.0 && seconds < 0.1, "{seconds}");
+        assert_eq!(hand_over(&mut cache).unwrap(), seconds);
+    }
+}
