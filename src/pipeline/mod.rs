@@ -14,7 +14,7 @@ use std::sync::Arc;
 use self::cost::{CostCache, DeviceCost, LinkCost, StepSeconds, Subject};
 use self::plan::{Objective, Placement, Plan, PlanDevice, Problem, Workload};
 use self::transfer::LinkOptions;
-use crate::device::{DeviceSpec, OpenDevice, free_memory};
+use crate::device::{DeviceSpec, OpenDevice, available_threads, free_memory};
 use crate::error::{Error, Result};
 use crate::model::config::DecoderConfig;
 use crate::model::decoder::{WeightBytes, activation_dtype};
@@ -271,7 +271,11 @@ impl HeterogeneousPipeline {
                 plan::split_by_bytes(&weights, kv, &budgets)?
             }
             Split::Measured(measured) => {
+                // What cannot fit at any cost is refused before anything is loaded.
+                let workload = Workload { context: self.planned_context, sequences: measured.sequences };
+                self.problem(workload)?.plan(measured.objective)?;
                 let plan = self.measured_problem(measured)?.plan(measured.objective)?;
+                warn_of_shared_cores(&plan);
                 let placements: Vec<Placement> = plan.stages.iter().map(|stage| stage.placement.clone()).collect();
                 self.devices = placements.iter().map(|stage| self.devices[stage.device].clone()).collect();
                 self.ropes = placements.iter().map(|stage| self.ropes[stage.device].clone()).collect();
@@ -362,6 +366,21 @@ impl HeterogeneousPipeline {
     /// Positions that a sequence may have, prompt and generated tokens together.
     pub fn context_length(&self) -> usize {
         self.context_length
+    }
+}
+
+/// Devices are measured one after the other. Stages that then share cores are slower than that.
+fn warn_of_shared_cores(plan: &Plan) {
+    let cores = available_threads();
+    let threads = plan.stages.iter().map(|stage| match stage.spec {
+        DeviceSpec::Cpu { threads } => threads.unwrap_or(cores),
+        DeviceSpec::Cuda(_) | DeviceSpec::Metal(_) => 0,
+    });
+    let threads: usize = threads.sum();
+    if threads > cores {
+        tracing::warn!(
+            "the CPU stages have {threads} threads for {cores} cores: together they are slower than planned"
+        );
     }
 }
 
