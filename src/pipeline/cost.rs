@@ -308,7 +308,7 @@ impl Subject<'_> {
         let link = Link::new(source, target, LinkOptions { simulated: None, ..self.link })?;
         let seconds = |rows: usize| {
             let x = Tensor::ones((rows, self.config.hidden_size), dtype, source)?;
-            median(|| {
+            typical(|| {
                 source.synchronize()?;
                 let began = Instant::now();
                 link.send(x.clone())?;
@@ -352,7 +352,7 @@ impl Bench<'_> {
         let rows = slices.iter().map(|slice| slice.len).sum();
         let batch = MicroBatch { slices, tokens: vec![0; rows] };
         let input = self.activations.as_ref().map(|x| x.narrow(0, 0, rows)?.force_contiguous()).transpose()?;
-        median(|| {
+        typical(|| {
             if let Some(eviction) = self.eviction {
                 eviction.sum_all()?.to_scalar::<f32>()?;
             }
@@ -367,11 +367,12 @@ impl Bench<'_> {
     }
 }
 
-/// The median of several runs after one that is not counted, for it compiles kernels and touches memory.
-fn median(mut seconds: impl FnMut() -> Result<f64>) -> Result<f64> {
+/// The lower quartile of several runs, after one that is not counted, for it compiles kernels and touches memory. What
+/// else runs on the machine makes a run longer and never shorter, so the faster half tells more than the slower.
+fn typical(mut seconds: impl FnMut() -> Result<f64>) -> Result<f64> {
     const FEWEST: usize = 5;
-    const MOST: usize = 25;
-    const ENOUGH_SECONDS: f64 = 0.1;
+    const MOST: usize = 40;
+    const ENOUGH_SECONDS: f64 = 0.15;
     seconds()?;
     let (mut runs, mut total) = (Vec::with_capacity(MOST), 0.0);
     while runs.len() < FEWEST || (runs.len() < MOST && total < ENOUGH_SECONDS) {
@@ -380,7 +381,7 @@ fn median(mut seconds: impl FnMut() -> Result<f64>) -> Result<f64> {
         total += run;
     }
     runs.sort_by(f64::total_cmp);
-    Ok(runs[runs.len() / 2])
+    Ok(runs[runs.len() / 4])
 }
 
 /// Seconds until a thread that waits for a message has it.
@@ -398,7 +399,7 @@ pub fn hand_over(cache: &mut CostCache) -> Result<f64> {
         }
     });
     let lost = || Error::Tensors("a thread that measures messages between threads has ended".into());
-    let round_trip = median(|| {
+    let round_trip = typical(|| {
         let began = Instant::now();
         to_echo.send(()).map_err(|_| lost())?;
         inbox.recv().map_err(|_| lost())?;
