@@ -3,6 +3,7 @@
 //! ```text
 //! cargo run --release --example test_pipeline
 //! cargo run --release --example test_pipeline -- --devices cpu,cpu,cpu --split 1,5,2 --temperature 0.8 --seed 7
+//! cargo run --release --example test_pipeline -- --devices cpu@threads=1,cpu@threads=1 --split measured
 //! ```
 
 mod common;

@@ -178,8 +178,24 @@ pub fn free_memory(spec: DeviceSpec) -> Result<u64> {
     }
 }
 
+/// The hardware behind a name, to tell what was measured on one machine from what was on another.
+pub fn hardware_name(spec: DeviceSpec) -> String {
+    let model = match spec {
+        DeviceSpec::Cpu { threads } => {
+            let mut system = sysinfo::System::new();
+            system.refresh_cpu_list(sysinfo::CpuRefreshKind::nothing());
+            let brand = system.cpus().first().map_or("", |cpu| cpu.brand().trim()).to_string();
+            let cores = available_threads();
+            return format!("cpu {brand}, {} threads on {cores} cores", threads.unwrap_or(cores));
+        }
+        DeviceSpec::Cuda(ordinal) => cuda_name(ordinal),
+        DeviceSpec::Metal(ordinal) => metal_name(ordinal),
+    };
+    format!("{} {}", spec.kind(), model.unwrap_or_else(|| spec.to_string()))
+}
+
 /// Cores that this process may run on.
-fn available_threads() -> usize {
+pub fn available_threads() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get())
 }
 
@@ -242,6 +258,16 @@ fn cuda_free_memory(_ordinal: usize) -> Result<u64> {
     Ok(0)
 }
 
+#[cfg(feature = "cuda")]
+fn cuda_name(ordinal: usize) -> Option<String> {
+    candle_core::cuda_backend::cudarc::driver::CudaContext::new(ordinal).and_then(|context| context.name()).ok()
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda_name(_ordinal: usize) -> Option<String> {
+    None
+}
+
 #[cfg(all(feature = "metal", target_os = "macos"))]
 fn metal_count() -> usize {
     metal_ext::device::count()
@@ -260,6 +286,16 @@ fn metal_free_memory(ordinal: usize) -> Result<u64> {
 #[cfg(not(all(feature = "metal", target_os = "macos")))]
 fn metal_free_memory(_ordinal: usize) -> Result<u64> {
     Ok(0)
+}
+
+#[cfg(all(feature = "metal", target_os = "macos"))]
+fn metal_name(ordinal: usize) -> Option<String> {
+    metal_ext::device::name(ordinal)
+}
+
+#[cfg(not(all(feature = "metal", target_os = "macos")))]
+fn metal_name(_ordinal: usize) -> Option<String> {
+    None
 }
 
 #[cfg(test)]
@@ -299,6 +335,14 @@ mod tests {
         assert!(Arc::ptr_eq(pool(0), pool(1)));
         assert!(!Arc::ptr_eq(pool(2), pool(3)));
         assert_eq!(pool(2).threads(), 1);
+    }
+
+    #[test]
+    fn hardware_is_told_apart_by_its_threads() {
+        let name = |name: &str| hardware_name(name.parse().unwrap());
+        assert_eq!(name("cpu"), name("cpu"));
+        assert_ne!(name("cpu@threads=77"), name("cpu@threads=78"));
+        assert_ne!(name("cpu"), name("cuda:0"));
     }
 
     #[test]

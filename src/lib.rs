@@ -49,7 +49,9 @@ pub use executor::{
 };
 pub use kernels::kv::KvType;
 pub use kernels::simd::Isa;
-pub use pipeline::{HeterogeneousPipeline, PipelineOptions, StagePlan};
+pub use pipeline::plan::{Objective, Plan};
+pub use pipeline::transfer::{LinkOptions, SimulatedLink, WireType};
+pub use pipeline::{HeterogeneousPipeline, MeasuredSplit, PipelineOptions, Split, StagePlan};
 
 /// The small trained model that comes with the sources, so that everything runs without a download: stories in simple
 /// English, Llama architecture, 8 layers.

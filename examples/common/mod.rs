@@ -12,7 +12,8 @@ use anyhow::{Context, Result, bail};
 use candle_pipeline::weights::WeightType;
 use candle_pipeline::{
     ChatMessage, DEMO_MODEL, DeviceSpec, ExecutorOptions, GenerationOptions, HeterogeneousPipeline,
-    HeterogeneousPipelineExecutor, Isa, KvType, PipelineOptions, StageStats, Tokenizer,
+    HeterogeneousPipelineExecutor, Isa, KvType, LinkOptions, MeasuredSplit, Objective, PipelineOptions, SimulatedLink,
+    Split, StageStats, Tokenizer, WireType,
 };
 use clap::{Parser, ValueEnum};
 
@@ -36,9 +37,27 @@ pub struct Flags {
     /// Devices of the stages, in order: cpu, cpu@threads=N, cuda:N, metal:N.
     #[arg(long, default_value = "cpu,cpu")]
     pub devices: String,
-    /// Layers of each stage; planned by free memory when absent.
-    #[arg(long, value_delimiter = ',')]
-    pub split: Option<Vec<usize>>,
+    /// Layers of each stage (`5,3`), or what to plan them by: `bytes` (free memory) or `measured` (time on this machine).
+    #[arg(long, default_value = "bytes")]
+    pub split: String,
+    /// What a measured split is to be best at: latency (of one sequence) or throughput (of all).
+    #[arg(long, default_value = "latency")]
+    pub objective: Objective,
+    /// Sequences at once that a measured split is for.
+    #[arg(long, default_value_t = 1)]
+    pub sequences: usize,
+    /// File that keeps what a measured split has measured; in the user's cache folder when absent.
+    #[arg(long)]
+    pub cost_cache: Option<std::path::PathBuf>,
+    /// Measure again what the file has.
+    #[arg(long)]
+    pub remeasure: bool,
+    /// Pretend that the links between stages are slow: latency in ms, and after a comma bytes a second (`5,1.25e9`).
+    #[arg(long)]
+    pub link: Option<SimulatedLink>,
+    /// Type of activations between devices: f32 (exact), f16 or bf16; as computed (exact) when absent.
+    #[arg(long)]
+    pub wire_type: Option<WireType>,
     /// The prompt. May be repeated where an example takes several.
     #[arg(long)]
     pub prompt: Vec<String>,
@@ -79,7 +98,7 @@ pub struct Flags {
     #[arg(long)]
     pub isa: Option<Isa>,
     /// Positions of a sequence, prompt and output together; the model's own limit when absent.
-    #[arg(long)]
+    #[arg(long, visible_alias = "context")]
     pub context_length: Option<usize>,
     /// What goes to stdout.
     #[arg(long, value_enum, default_value_t = OutputFormat::Text)]
@@ -101,6 +120,40 @@ impl Flags {
         }
     }
 
+    /// Options for a plan.
+    pub fn pipeline(&self) -> Result<PipelineOptions> {
+        let split = match self.split.as_str() {
+            "bytes" => Split::Bytes,
+            "measured" => Split::Measured(self.measured()),
+            counts => {
+                let count = |count: &str| count.trim().parse().ok();
+                let counts = counts.split(',').map(count).collect::<Option<_>>();
+                let wanted = "write `bytes`, `measured` or the layers of each stage, as in 5,3";
+                Split::Layers(counts.with_context(|| format!("--split {}: {wanted}", self.split))?)
+            }
+        };
+        Ok(PipelineOptions {
+            split,
+            link: LinkOptions { wire_type: self.wire_type, simulated: self.link },
+            context_length: self.context_length,
+            dtype: self.dtype.as_deref().map(parse_dtype).transpose()?,
+            kv_type: self.kv_type,
+            isa: self.isa,
+            ..PipelineOptions::default()
+        })
+    }
+
+    /// Options for a measured split.
+    pub fn measured(&self) -> MeasuredSplit {
+        let cache = || Some(dirs::cache_dir()?.join("candle-pipeline").join("costs.json"));
+        MeasuredSplit {
+            objective: self.objective,
+            sequences: self.sequences,
+            cache: self.cost_cache.clone().or_else(cache),
+            remeasure: self.remeasure,
+        }
+    }
+
     /// Plans and loads the model, showing both on stderr.
     pub async fn load(&self) -> Result<HeterogeneousPipelineExecutor> {
         self.load_with(ExecutorOptions::default()).await
@@ -109,15 +162,7 @@ impl Flags {
     /// The same with executor options.
     pub async fn load_with(&self, options: ExecutorOptions) -> Result<HeterogeneousPipelineExecutor> {
         let devices = DeviceSpec::parse_list(&self.devices)?;
-        let dtype = self.dtype.as_deref().map(parse_dtype).transpose()?;
-        let plan = PipelineOptions {
-            split: self.split.clone(),
-            context_length: self.context_length,
-            dtype,
-            kv_type: self.kv_type,
-            isa: self.isa,
-            ..PipelineOptions::default()
-        };
+        let plan = self.pipeline()?;
         let model = self.model.clone();
         // Planning reads files and may download, which must not hold up the runtime.
         let pipeline =

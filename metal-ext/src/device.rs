@@ -15,3 +15,9 @@ pub fn free_memory(ordinal: usize) -> Option<u64> {
     let raw = device.as_ref();
     Some(raw.recommendedMaxWorkingSetSize().saturating_sub(raw.currentAllocatedSize() as u64))
 }
+
+/// The GPU's name, such as `Apple M3 Pro`. `None` when there is no such GPU.
+pub fn name(ordinal: usize) -> Option<String> {
+    let device = Device::all().into_iter().nth(ordinal)?;
+    Some(device.as_ref().name().to_string())
+}

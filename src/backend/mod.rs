@@ -108,7 +108,8 @@ pub trait StageBackend: Send {
     fn close(&mut self, id: SequenceId);
 
     /// Runs the rows of `batch` through the stage. `input` is the previous stage's output on this stage's device, `None`
-    /// for the first stage, which starts from the tokens.
+    /// for the first stage, which starts from the tokens. Positions before a slice's that were never computed are zeros:
+    /// a step far into a sequence can be measured without the steps before it.
     fn forward(&mut self, batch: &MicroBatch, input: Option<Tensor>) -> Result<StageOutput>;
 
     /// Bytes held now.

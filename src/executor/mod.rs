@@ -703,7 +703,10 @@ fn start_stages(
         let device = pipeline.devices()[stage].clone();
         let way_on = match next.take() {
             None => Next::Scheduler,
-            Some(sender) => Next::Stage(sender, Link::new(&device.device, &pipeline.devices()[stage + 1].device)?),
+            Some(sender) => {
+                let target = &pipeline.devices()[stage + 1].device;
+                Next::Stage(sender, Link::new(&device.device, target, pipeline.options().link)?)
+            }
         };
         let counter: Arc<StageCounters> = Arc::default();
         counters[stage] = counter.clone();

@@ -1,17 +1,21 @@
 //! From a model and a list of devices to stages: which layers each device gets, and the threads that run them. Knows
 //! layers and activations, not what a token means.
 
-pub mod plan;
 pub mod transfer;
+pub mod cost;
+pub mod plan;
 pub mod worker;
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 
+use self::cost::{CostCache, DeviceCost, LinkCost, StepSeconds, Subject};
+use self::plan::{Objective, Placement, Plan, PlanDevice, Problem, Workload};
+use self::transfer::LinkOptions;
 use crate::backend::StageSource;
-use crate::device::{DeviceSpec, OpenDevice, free_memory};
+use crate::device::{DeviceSpec, OpenDevice, available_threads, free_memory};
 use crate::error::{Error, Result};
 use crate::kernels::kv::KvType;
 use crate::kernels::simd::Isa;
@@ -26,11 +30,44 @@ use crate::weights::{WeightSource, WeightType};
 /// Positions that KV is planned for when nobody says otherwise and the model could take more.
 const DEFAULT_PLANNED_CONTEXT: usize = 4096;
 
+/// What decides which layers a device gets.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub enum Split {
+    /// Free memory: the fullest device is filled as little as can be. Uses every device and needs no measurement.
+    #[default]
+    Bytes,
+    /// Layers of each stage, in the order of the devices.
+    Layers(Vec<usize>),
+    /// Measured time, within the memory. May leave devices out.
+    Measured(MeasuredSplit),
+}
+
+/// What a measured split is for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MeasuredSplit {
+    /// What it is to be best at.
+    pub objective: Objective,
+    /// Sequences at once: KV is planned for the whole context of each, and throughput for all of them.
+    pub sequences: usize,
+    /// File that keeps measurements for the next time. `None` measures every time.
+    pub cache: Option<PathBuf>,
+    /// Measure again what the file has.
+    pub remeasure: bool,
+}
+
+impl Default for MeasuredSplit {
+    fn default() -> Self {
+        MeasuredSplit { objective: Objective::Latency, sequences: 1, cache: None, remeasure: false }
+    }
+}
+
 /// How to cut a model. `Default` cuts by free memory.
 #[derive(Debug, Clone, Default)]
 pub struct PipelineOptions {
-    /// Layers of each stage, in the order of the devices. `None` lets the planner choose.
-    pub split: Option<Vec<usize>>,
+    /// What decides which layers a device gets.
+    pub split: Split,
+    /// How activations travel between the stages.
+    pub link: LinkOptions,
     /// Positions that a sequence may have, prompt and generated tokens together. `None` takes the model's own limit.
     pub context_length: Option<usize>,
     /// Positions of KV that all open sequences may take together. `None` takes what the devices have free.
@@ -78,7 +115,10 @@ pub struct HeterogeneousPipeline {
     devices: Vec<OpenDevice>,
     /// Rotary tables of each stage; stages on one device have the same.
     ropes: Vec<Arc<Ropes>>,
+    /// Bytes free on each stage's device when it was opened; the same for stages on one device.
+    free: Vec<u64>,
     stages: Vec<StagePlan>,
+    plan: Option<Plan>,
     context_length: usize,
     planned_context: usize,
 }
@@ -92,8 +132,28 @@ impl HeterogeneousPipeline {
         Self::with_options(devices, model, PipelineOptions::default())
     }
 
-    /// Cuts `model` as `options` say.
+    /// Cuts `model` as `options` say. A measured split loads and runs some layers, which takes a few seconds where its
+    /// file does not have them yet.
     pub fn with_options(devices: &[DeviceSpec], model: &str, options: PipelineOptions) -> Result<Self> {
+        let mut pipeline = Self::open(devices, model, options)?;
+        pipeline.stages = pipeline.cut()?;
+        pipeline.check_fit()?;
+        Ok(pipeline)
+    }
+
+    /// Measures what a [`Split::Measured`] plan is made from, for plans of what one does not have: change the costs and
+    /// bytes, and [`plan`](Problem::plan).
+    pub fn measure(
+        devices: &[DeviceSpec],
+        model: &str,
+        options: PipelineOptions,
+        measured: &MeasuredSplit,
+    ) -> Result<Problem> {
+        Self::open(devices, model, options)?.measured_problem(measured)
+    }
+
+    /// Everything but the cut.
+    fn open(devices: &[DeviceSpec], model: &str, options: PipelineOptions) -> Result<Self> {
         if devices.is_empty() {
             return Err(Error::option("devices", "at least one device is needed"));
         }
@@ -118,68 +178,132 @@ impl HeterogeneousPipeline {
             None => limit.min(DEFAULT_PLANNED_CONTEXT),
         };
         let mut ropes: Vec<Arc<Ropes>> = Vec::with_capacity(devices.len());
+        let mut free: Vec<u64> = Vec::with_capacity(devices.len());
         for (index, device) in devices.iter().enumerate() {
+            let mate = devices[..index].iter().position(|mate| mate.spec.physical() == device.spec.physical());
+            free.push(match mate {
+                Some(mate) => free[mate],
+                None => free_memory(device.spec)?,
+            });
             let mate = devices[..index].iter().position(|mate| mate.device.same_device(&device.device));
             ropes.push(match mate {
                 Some(mate) => ropes[mate].clone(),
                 None => Arc::new(Ropes::new(&config, &device.device)),
             });
         }
-        let mut pipeline = HeterogeneousPipeline {
+        Ok(HeterogeneousPipeline {
             model: files,
             source,
             config: Arc::new(config),
             options,
             devices,
             ropes,
+            free,
             stages: Vec::new(),
+            plan: None,
             context_length,
             planned_context,
-        };
-        pipeline.stages = pipeline.plan()?;
-        pipeline.check_fit()?;
-        Ok(pipeline)
+        })
     }
 
-    fn plan(&self) -> Result<Vec<StagePlan>> {
-        let weights = WeightBytes::of(&*self.source, &self.config, self.options.dtype)?;
+    /// Bytes that a position takes in one layer's KV on the device.
+    fn kv_bytes_per_layer(&self, device: &OpenDevice) -> Result<u64> {
+        if device.cpu.is_some() {
+            let (kv_heads, head_dim) = (self.config.num_key_value_heads, self.config.head_dim);
+            return Ok(self.options.kv_type.bytes_per_position(kv_heads, head_dim));
+        }
+        let dtype = activation_dtype(&*self.source, &device.device, self.options.dtype)?;
+        Ok((self.config.kv_elements_per_token() * dtype.size_in_bytes()) as u64)
+    }
+
+    /// What a plan is made from, with costs of nothing.
+    fn problem(&self, workload: Workload) -> Result<Problem> {
         let layers = self.config.num_hidden_layers;
-        // Stages on one device share its memory evenly until the cut is known.
-        let mut free: BTreeMap<DeviceSpec, (u64, u64)> = BTreeMap::new();
-        for device in &self.devices {
-            let physical = device.spec.physical();
-            match free.get_mut(&physical) {
-                Some((_, stages)) => *stages += 1,
-                None => {
-                    free.insert(physical, (free_memory(physical)?, 1));
-                }
+        let mut devices = Vec::with_capacity(self.devices.len());
+        for (device, &free) in self.devices.iter().zip(&self.free) {
+            let dtype = activation_dtype(&*self.source, &device.device, self.options.dtype)?;
+            devices.push(PlanDevice {
+                spec: device.spec,
+                cost: DeviceCost { layers: vec![StepSeconds::default(); layers], head: StepSeconds::default() },
+                free_bytes: usable(free),
+                kv_bytes_per_layer: self.kv_bytes_per_layer(device)?,
+                working_bytes: working_bytes(&self.config, workload, device.spec, dtype.size_in_bytes()),
+                logits_bytes: self.config.vocab_size as u64 * size_of::<f32>() as u64,
+            });
+        }
+        let stored = self.source.meta("layers.0.down_proj.weight")?.map_or(WeightType::F16, |meta| meta.dtype);
+        Ok(Problem {
+            weights: WeightBytes::of(&*self.source, &self.config, self.options.dtype)?,
+            weight_type: self.options.dtype.filter(|_| stored.is_dense()).unwrap_or(stored),
+            links: vec![vec![LinkCost::default(); devices.len()]; devices.len()],
+            devices,
+            scheduler: 0.0,
+            workload,
+        })
+    }
+
+    fn measured_problem(&self, measured: &MeasuredSplit) -> Result<Problem> {
+        let workload = Workload { context: self.planned_context, sequences: measured.sequences };
+        let mut problem = self.problem(workload)?;
+        let mut cache = CostCache::open(measured.cache.as_deref(), measured.remeasure);
+        let subject = Subject {
+            source: &self.source,
+            config: &self.config,
+            dense_type: self.options.dtype,
+            kv_type: self.options.kv_type,
+            context: workload.context,
+            sequences: workload.sequences,
+            link: self.options.link,
+        };
+        for (index, device) in self.devices.iter().enumerate() {
+            problem.devices[index].cost = subject.device_cost(device, &self.ropes[index], &mut cache)?;
+            for (later, target) in self.devices.iter().enumerate().skip(index + 1) {
+                problem.links[index][later] = subject.link_cost(device, target, &mut cache)?;
             }
         }
-        let share = |device: &OpenDevice| free[&device.spec.physical()];
-        let kv_per_token = |device: &OpenDevice| -> Result<u64> {
-            if device.cpu.is_some() {
-                let (kv_heads, head_dim) = (self.config.num_key_value_heads, self.config.head_dim);
-                return Ok(self.options.kv_type.bytes_per_position(kv_heads, head_dim));
-            }
-            let dtype = activation_dtype(&*self.source, &device.device, self.options.dtype)?;
-            Ok((self.config.kv_elements_per_token() * dtype.size_in_bytes()) as u64)
-        };
+        problem.scheduler = 2.0 * cost::hand_over(&mut cache)?;
+        cache.save();
+        Ok(problem)
+    }
+
+    /// The stages. A measured split drops the devices that it leaves out.
+    fn cut(&mut self) -> Result<Vec<StagePlan>> {
+        let weights = WeightBytes::of(&*self.source, &self.config, self.options.dtype)?;
+        let layers = self.config.num_hidden_layers;
         let ranges = match &self.options.split {
-            Some(counts) => plan::given_split(layers, counts, self.devices.len())?,
-            None => {
-                let budgets: Vec<u64> = self.devices.iter().map(share).map(|(bytes, stages)| bytes / stages).collect();
-                let kv = kv_per_token(&self.devices[0])?.saturating_mul(self.planned_context as u64);
+            Split::Layers(counts) => plan::given_split(layers, counts, self.devices.len())?,
+            Split::Bytes => {
+                // Stages on one device share its memory evenly until the cut is known.
+                let mates = |device: &OpenDevice| {
+                    let physical = device.spec.physical();
+                    self.devices.iter().filter(|mate| mate.spec.physical() == physical).count() as u64
+                };
+                let budgets: Vec<u64> = self.devices.iter().zip(&self.free).map(|(d, free)| free / mates(d)).collect();
+                let kv = self.kv_bytes_per_layer(&self.devices[0])?.saturating_mul(self.planned_context as u64);
                 plan::split_by_bytes(&weights, kv, &budgets)?
+            }
+            Split::Measured(measured) => {
+                // What cannot fit at any cost is refused before anything is loaded.
+                let workload = Workload { context: self.planned_context, sequences: measured.sequences };
+                self.problem(workload)?.plan(measured.objective)?;
+                let plan = self.measured_problem(measured)?.plan(measured.objective)?;
+                warn_of_shared_cores(&plan);
+                let placements: Vec<Placement> = plan.stages.iter().map(|stage| stage.placement.clone()).collect();
+                self.devices = placements.iter().map(|stage| self.devices[stage.device].clone()).collect();
+                self.ropes = placements.iter().map(|stage| self.ropes[stage.device].clone()).collect();
+                self.free = placements.iter().map(|stage| self.free[stage.device]).collect();
+                self.plan = Some(plan);
+                placements.into_iter().map(|stage| stage.layers).collect()
             }
         };
         let mut stages = Vec::with_capacity(ranges.len());
-        for (device, range) in self.devices.iter().zip(ranges) {
+        for ((device, &free_bytes), range) in self.devices.iter().zip(&self.free).zip(ranges) {
             stages.push(StagePlan {
                 device: device.spec,
                 weight_bytes: weights.stage(&range),
-                kv_bytes_per_token: kv_per_token(device)? * range.len() as u64,
+                kv_bytes_per_token: self.kv_bytes_per_layer(device)? * range.len() as u64,
                 kv_budget: 0,
-                free_bytes: share(device).0,
+                free_bytes,
                 layers: range,
             });
         }
@@ -193,9 +317,7 @@ impl HeterogeneousPipeline {
             })
             .collect();
         for (stage, (weights, kv)) in stages.iter_mut().zip(totals) {
-            // A twentieth stays free for activations and for what else runs on the device.
-            let usable = stage.free_bytes - stage.free_bytes / 20;
-            let left = usable.saturating_sub(weights);
+            let left = usable(stage.free_bytes).saturating_sub(weights);
             let most = self.options.kv_positions.map_or(u64::MAX, |n| n.saturating_mul(stage.kv_bytes_per_token));
             let share = left as u128 * stage.kv_bytes_per_token as u128 / kv.max(1) as u128;
             stage.kv_budget = most.min(share as u64);
@@ -205,17 +327,22 @@ impl HeterogeneousPipeline {
 
     fn check_fit(&self) -> Result<()> {
         let fits = |stage: &StagePlan| stage.kv_budget >= stage.kv_bytes_per_token;
-        match self.stages.iter().position(|stage| !fits(stage)) {
-            None => Ok(()),
-            Some(stage) => Err(Error::DoesNotFit(format!(
-                "stage {stage} has no room for KV beside its weights; give it fewer layers, add a device or use a smaller type\n{self}"
-            ))),
-        }
+        let Some(stage) = self.stages.iter().position(|stage| !fits(stage)) else { return Ok(()) };
+        // A request is admitted by the KV that it needs, so the least that must fit is one position.
+        let problem = self.problem(Workload { context: 1, sequences: 1 })?;
+        let fits: Vec<_> = problem.any_cut().into_iter().chain(problem.nearest_fits()).collect();
+        let advice = plan::in_words(&fits);
+        Err(Error::DoesNotFit(format!("stage {stage} has no room for KV beside its weights; {advice}\n{self}")))
     }
 
     /// The stages, in the order in which tokens pass them.
     pub fn stages(&self) -> &[StagePlan] {
         &self.stages
+    }
+
+    /// What a measured split expects of the stages.
+    pub fn plan(&self) -> Option<&Plan> {
+        self.plan.as_ref()
     }
 
     /// What the model is.
@@ -267,6 +394,39 @@ impl HeterogeneousPipeline {
     }
 }
 
+/// Devices are measured one after the other. Stages that then share cores are slower than that.
+fn warn_of_shared_cores(plan: &Plan) {
+    let cores = available_threads();
+    let threads = plan.stages.iter().map(|stage| match stage.spec {
+        DeviceSpec::Cpu { threads } => threads.unwrap_or(cores),
+        DeviceSpec::Cuda(_) | DeviceSpec::Metal(_) => 0,
+    });
+    let threads: usize = threads.sum();
+    if threads > cores {
+        tracing::warn!(
+            "the CPU stages have {threads} threads for {cores} cores: together they are slower than planned"
+        );
+    }
+}
+
+/// Bytes of those free that a plan fills: a twentieth stays for what else runs on the device.
+fn usable(free: u64) -> u64 {
+    free - free / 20
+}
+
+/// About what a stage needs beside weights and KV, in its widest moment: residual, normed and projected rows, the MLP's
+/// three, and attention scores, of which the decoder holds a few at a time.
+fn working_bytes(config: &DecoderConfig, workload: Workload, device: DeviceSpec, element: usize) -> u64 {
+    let attention = config.num_attention_heads * config.head_dim;
+    let row = 6 * config.hidden_size + 3 * attention + 3 * config.intermediate_size;
+    let rows = cost::prefill_rows(workload.context).max(workload.sequences);
+    let scores = match device {
+        DeviceSpec::Cpu { .. } => 3 * (8 << 20),
+        DeviceSpec::Cuda(_) | DeviceSpec::Metal(_) => 3 * (128 << 20),
+    };
+    (row as u64).saturating_mul(rows as u64).saturating_mul(element as u64).saturating_add(scores)
+}
+
 /// Opens a model's headers.
 fn open_model(files: &ModelFiles) -> Result<(Arc<dyn WeightSource>, DecoderConfig)> {
     match files {
@@ -294,6 +454,9 @@ pub fn human_bytes(bytes: u64) -> String {
 
 impl fmt::Display for HeterogeneousPipeline {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(plan) = &self.plan {
+            return plan.fmt(f);
+        }
         let context = self.planned_context;
         writeln!(
             f,

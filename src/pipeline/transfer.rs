@@ -1,14 +1,103 @@
-//! How activations get from one stage's device to the next one's.
+//! How activations get from one stage's device to the next one's, and how long a pretended slow link keeps them.
 
-use candle_core::{Device, DeviceLocation, Tensor};
+use std::cell::Cell;
+use std::time::{Duration, Instant};
 
-use crate::error::Result;
+use candle_core::{DType, Device, Tensor};
+
+use crate::error::{Error, Result};
+
+/// The type that activations have on their way. A stage always gets the type that the one before computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum WireType {
+    /// Exact: holds every F16 and BF16 value too.
+    F32,
+    /// Half the bytes of F32. Rounds to 11 bits and turns what is beyond 65504 into infinity, which the activations of
+    /// some models are: check the model's answers before relying on it.
+    F16,
+    /// Half the bytes of F32. Rounds to 8 bits, with the range of F32.
+    BF16,
+}
+
+impl WireType {
+    /// The same type in candle's terms.
+    pub fn dtype(self) -> DType {
+        match self {
+            WireType::F32 => DType::F32,
+            WireType::F16 => DType::F16,
+            WireType::BF16 => DType::BF16,
+        }
+    }
+}
+
+impl std::str::FromStr for WireType {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        match name.to_ascii_lowercase().as_str() {
+            "f32" => Ok(WireType::F32),
+            "f16" => Ok(WireType::F16),
+            "bf16" => Ok(WireType::BF16),
+            _ => Err(Error::option("wire_type", format!("`{name}` is no type for a link; write f32, f16 or bf16"))),
+        }
+    }
+}
+
+/// A link that is slower than the one there is, for tests and for plans of machines one does not have.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SimulatedLink {
+    /// From the last byte sent to its arrival.
+    pub latency: Duration,
+    /// Bytes a second; what is sent meanwhile queues. Infinity limits nothing.
+    pub bandwidth: f64,
+}
+
+impl SimulatedLink {
+    /// Time that `bytes` occupy it.
+    pub fn occupied(&self, bytes: usize) -> Duration {
+        // A bandwidth of almost nothing would be more seconds than a duration holds.
+        Duration::try_from_secs_f64(bytes as f64 / self.bandwidth).unwrap_or(Duration::MAX)
+    }
+}
+
+impl std::str::FromStr for SimulatedLink {
+    type Err = Error;
+
+    /// Latency in milliseconds, and after a comma bytes a second: `5` or `5,1.25e9`.
+    fn from_str(text: &str) -> Result<Self> {
+        let (latency, bandwidth) = match text.split_once(',') {
+            Some((latency, bandwidth)) => (latency.trim().parse(), bandwidth.trim().parse()),
+            None => (text.trim().parse(), Ok(f64::INFINITY)),
+        };
+        let latency = latency.ok().and_then(|ms: f64| Duration::try_from_secs_f64(ms / 1e3).ok());
+        match (latency, bandwidth) {
+            (Some(latency), Ok(bandwidth)) if bandwidth > 0.0 => Ok(SimulatedLink { latency, bandwidth }),
+            _ => Err(Error::option(
+                "link",
+                format!("`{text}` is no link; write its latency in milliseconds, or that and bytes a second: 5,1.25e9"),
+            )),
+        }
+    }
+}
+
+/// How the links between stages carry activations. `Default` carries them as they are, as fast as it can.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct LinkOptions {
+    /// Type on the way between devices. `None` is the one that the sending stage computes, which is exact. Stages on one
+    /// device hand their tensors over as they are.
+    pub wire_type: Option<WireType>,
+    /// Pretends that every link, also one within a device, is this slow.
+    pub simulated: Option<SimulatedLink>,
+}
 
 /// The way between two stages, chosen and checked once when the stages start.
 #[derive(Debug)]
 pub struct Link {
     target: Device,
     route: Route,
+    options: LinkOptions,
+    /// When the simulated link has sent all that it was given.
+    free_at: Cell<Option<Instant>>,
     #[cfg(feature = "cuda")]
     staging: std::cell::RefCell<Staging>,
 }
@@ -24,30 +113,54 @@ pub enum Route {
     Host,
 }
 
+/// Activations on the next stage's device, and when the simulated link has brought them there.
+#[derive(Debug)]
+pub struct Arrival {
+    activations: Tensor,
+    due: Option<Instant>,
+}
+
+impl Arrival {
+    /// Waits for as long as the simulated link takes.
+    pub fn wait(&self) {
+        if let Some(due) = self.due {
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+        }
+    }
+
+    /// What has arrived.
+    pub fn into_activations(self) -> Tensor {
+        self.activations
+    }
+}
+
 impl Link {
-    /// The link between two devices. A direct one between GPUs is tried with a known pattern, since peer copies have
-    /// silently returned zeros on some machines, and given up for the host's memory if that comes out wrong.
-    pub fn new(source: &Device, target: &Device) -> Result<Link> {
+    /// The link between two devices. Whatever crosses devices is tried with known patterns, since copies between devices
+    /// have silently delivered zeros or what was sent before on some machines. A direct way that does is given up for
+    /// the host's memory; if that fails too, it is an error.
+    pub fn new(source: &Device, target: &Device, options: LinkOptions) -> Result<Link> {
         let link = |route| Link {
             target: target.clone(),
             route,
+            options,
+            free_at: Cell::new(None),
             #[cfg(feature = "cuda")]
             staging: Default::default(),
         };
-        if source.same_device(target) {
+        if source.same_device(target) && options.simulated.is_none() {
             return Ok(link(Route::SameDevice));
         }
-        if source.is_cpu() || target.is_cpu() {
-            return Ok(link(Route::Direct));
+        // Between two GPUs candle copies only from CUDA to CUDA.
+        let direct = source.is_cpu() || target.is_cpu() || (source.is_cuda() && target.is_cuda());
+        let routes: &[Route] = if direct { &[Route::Direct, Route::Host] } else { &[Route::Host] };
+        match first_that_delivers(routes, |route| link(route).delivers(source)) {
+            Some(route) => Ok(link(route)),
+            None => Err(Error::Tensors(format!(
+                "no way from {:?} to {:?} delivers what is sent; leave out one of these devices",
+                source.location(),
+                target.location()
+            ))),
         }
-        let both_cuda = matches!(
-            (source.location(), target.location()),
-            (DeviceLocation::Cuda { .. }, DeviceLocation::Cuda { .. })
-        );
-        let direct = link(Route::Direct);
-        // A copy that fails is as good a reason for the host's memory as one that lies.
-        let delivered = both_cuda && direct.delivers(source).unwrap_or(false);
-        Ok(if delivered { direct } else { link(Route::Host) })
     }
 
     /// The way it takes.
@@ -55,28 +168,79 @@ impl Link {
         self.route
     }
 
-    /// Whether a pattern comes out on the other side as it went in.
+    /// Whether patterns come out on the other side as they went in: two, so that a copy which leaves the first one in
+    /// place is found, of more values than one page or one copy engine's packet has, and not a round number of them.
     fn delivers(&self, source: &Device) -> Result<bool> {
-        let pattern: Vec<f32> = (0..4096u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 + 1.0).collect();
-        let sent = Tensor::from_vec(pattern.clone(), pattern.len(), source)?;
-        Ok(self.send(sent)?.to_vec1::<f32>()? == pattern)
+        const VALUES: u32 = (1 << 18) + 13;
+        let wire = self.options.wire_type.map_or(DType::F32, WireType::dtype);
+        for seed in [1u32, 2] {
+            let value = |i: u32| ((i ^ seed << 20).wrapping_mul(2_654_435_761) >> 16) as f32 + 1.0;
+            let pattern = Tensor::from_iter((0..VALUES).map(value), &Device::Cpu)?;
+            let wanted = checksum(&pattern.to_dtype(wire)?.to_dtype(DType::F32)?)?;
+            let carried = self.carry(pattern.to_device(source)?)?;
+            if !carried.device().same_device(&self.target) || checksum(&carried)? != wanted {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
-    /// Brings a stage's output to the next stage's device.
-    pub fn send(&self, activations: Tensor) -> Result<Tensor> {
-        // Candle copies the whole storage under a view, so a view becomes a tensor of its own first.
-        Ok(match self.route {
-            Route::SameDevice => activations,
-            Route::Direct => activations.force_contiguous()?.to_device(&self.target)?,
-            Route::Host => {
-                #[cfg(feature = "cuda")]
-                if let Some(carried) = self.staging.borrow_mut().carry(&activations, &self.target)? {
-                    return Ok(carried);
-                }
-                activations.force_contiguous()?.to_device(&Device::Cpu)?.to_device(&self.target)?
-            }
-        })
+    /// Brings a stage's output to the next stage's device. Blocks while it is copied, not while a simulated link has it.
+    pub fn send(&self, activations: Tensor) -> Result<Arrival> {
+        let due = self.options.simulated.and_then(|simulated| {
+            let size = self.options.wire_type.map_or(activations.dtype(), WireType::dtype).size_in_bytes();
+            let now = Instant::now();
+            let start = self.free_at.get().map_or(now, |free_at| free_at.max(now));
+            let sent = start.checked_add(simulated.occupied(activations.elem_count() * size))?;
+            self.free_at.set(Some(sent));
+            sent.checked_add(simulated.latency)
+        });
+        Ok(Arrival { activations: self.carry(activations)?, due })
     }
+
+    fn carry(&self, activations: Tensor) -> Result<Tensor> {
+        if self.route == Route::SameDevice {
+            return Ok(activations);
+        }
+        let computed = activations.dtype();
+        let activations = activations.to_dtype(self.options.wire_type.map_or(computed, WireType::dtype))?;
+        let carried = match self.route {
+            // Candle copies the whole storage under a view, so a view becomes a tensor of its own first.
+            Route::Direct => activations.force_contiguous()?.to_device(&self.target)?,
+            Route::SameDevice | Route::Host => self.through_the_host(activations)?,
+        };
+        Ok(carried.to_dtype(computed)?)
+    }
+
+    fn through_the_host(&self, activations: Tensor) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if let Some(carried) = self.staging.borrow_mut().carry(&activations, &self.target)? {
+            return Ok(carried);
+        }
+        Ok(activations.force_contiguous()?.to_device(&Device::Cpu)?.to_device(&self.target)?)
+    }
+}
+
+/// The first route that brings what is sent. One that fails is as good as one that lies.
+fn first_that_delivers(routes: &[Route], delivers: impl Fn(Route) -> Result<bool>) -> Option<Route> {
+    routes.iter().copied().find(|&route| match delivers(route) {
+        Ok(true) => true,
+        Ok(false) => {
+            tracing::warn!("a copy between devices ({route:?}) delivered something else than was sent");
+            false
+        }
+        Err(error) => {
+            tracing::warn!("a copy between devices ({route:?}) failed: {error}");
+            false
+        }
+    })
+}
+
+/// FNV-1a over the bits of f32 values, in order.
+fn checksum(values: &Tensor) -> Result<u64> {
+    let values = values.to_vec1::<f32>()?;
+    let mix = |hash: u64, value: &f32| (hash ^ u64::from(value.to_bits())).wrapping_mul(0x0100_0000_01b3);
+    Ok(values.iter().fold(0xcbf2_9ce4_8422_2325, mix))
 }
 
 /// Host memory between two GPUs, kept from one activation to the next. A copy to or from a CPU stage needs none: it
@@ -122,11 +286,88 @@ impl Staging {
 mod tests {
     use super::*;
 
+    fn values(tensor: Tensor) -> Vec<f32> {
+        tensor.to_vec1().unwrap()
+    }
+
     #[test]
     fn stages_on_one_device_hand_the_tensor_over() {
-        let link = Link::new(&Device::Cpu, &Device::Cpu).unwrap();
+        let options = LinkOptions { wire_type: Some(WireType::BF16), simulated: None };
+        let link = Link::new(&Device::Cpu, &Device::Cpu, options).unwrap();
         assert_eq!(link.route(), Route::SameDevice);
         let sent = Tensor::arange(0f32, 6f32, &Device::Cpu).unwrap();
-        assert_eq!(link.send(sent.clone()).unwrap().id(), sent.id());
+        assert_eq!(link.send(sent.clone()).unwrap().into_activations().id(), sent.id());
+    }
+
+    #[test]
+    fn a_route_that_lies_or_fails_is_passed_over() {
+        let routes = [Route::Direct, Route::Host];
+        assert_eq!(first_that_delivers(&routes, |_| Ok(true)), Some(Route::Direct));
+        assert_eq!(first_that_delivers(&routes, |route| Ok(route == Route::Host)), Some(Route::Host));
+        let fails = |route| if route == Route::Host { Ok(true) } else { Err(Error::Stopped) };
+        assert_eq!(first_that_delivers(&routes, fails), Some(Route::Host));
+        assert_eq!(first_that_delivers(&routes, |_| Ok(false)), None);
+    }
+
+    #[test]
+    fn the_checksum_sees_zeros_order_and_one_bit() {
+        let sum = |values: &[f32]| checksum(&Tensor::new(values, &Device::Cpu).unwrap()).unwrap();
+        let seen = [sum(&[1.0, 2.0]), sum(&[2.0, 1.0]), sum(&[0.0, 0.0]), sum(&[1.0, f32::from_bits(0x4000_0001)])];
+        for (i, a) in seen.iter().enumerate() {
+            assert!(seen[i + 1..].iter().all(|b| a != b));
+        }
+    }
+
+    #[test]
+    fn a_wire_of_f32_is_exact_and_half_types_round_as_they_say() {
+        let slow = SimulatedLink { latency: Duration::ZERO, bandwidth: f64::INFINITY };
+        let sent = [0.1f32, -1.0 / 3.0, 1e30, 1e-20, 70_000.0];
+        let carried = |wire_type, dtype| {
+            let options = LinkOptions { wire_type, simulated: Some(slow) };
+            let link = Link::new(&Device::Cpu, &Device::Cpu, options).unwrap();
+            let sent = Tensor::new(&sent, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+            let arrived = link.send(sent.clone()).unwrap().into_activations();
+            assert_eq!(arrived.dtype(), dtype, "a stage gets the type that the one before computed");
+            (values(sent.to_dtype(DType::F32).unwrap()), values(arrived.to_dtype(DType::F32).unwrap()))
+        };
+        for (wire_type, dtype) in [
+            (None, DType::F32),
+            (Some(WireType::F32), DType::F32),
+            (Some(WireType::F32), DType::F16),
+            (Some(WireType::F32), DType::BF16),
+        ] {
+            let (sent, arrived) = carried(wire_type, dtype);
+            assert_eq!(sent, arrived, "{wire_type:?} {dtype:?}");
+        }
+        assert_eq!(carried(Some(WireType::F16), DType::F32).1, sent.map(|v| half::f16::from_f32(v).to_f32()));
+        assert_eq!(carried(Some(WireType::BF16), DType::F32).1, sent.map(|v| half::bf16::from_f32(v).to_f32()));
+    }
+
+    #[test]
+    fn a_simulated_link_delivers_after_latency_and_queues_at_its_bandwidth() {
+        let simulated: SimulatedLink = "20, 4e5".parse().unwrap();
+        assert_eq!(simulated.occupied(4000), Duration::from_millis(10));
+        let options = LinkOptions { wire_type: None, simulated: Some(simulated) };
+        let link = Link::new(&Device::Cpu, &Device::Cpu, options).unwrap();
+        let began = Instant::now();
+        let x = Tensor::zeros(1000, DType::F32, &Device::Cpu).unwrap();
+        let arrivals = [link.send(x.clone()).unwrap(), link.send(x).unwrap()];
+        // A third of what the two occupy the link: sending does not wait for it.
+        assert!(began.elapsed() < Duration::from_millis(7), "{:?}", began.elapsed());
+        for (arrival, earliest) in arrivals.iter().zip([30, 40]) {
+            arrival.wait();
+            assert!(began.elapsed() >= Duration::from_millis(earliest));
+        }
+    }
+
+    #[test]
+    fn links_are_read_from_text_or_refused() {
+        let link: SimulatedLink = "5".parse().unwrap();
+        assert_eq!(link, SimulatedLink { latency: Duration::from_millis(5), bandwidth: f64::INFINITY });
+        for text in ["", "x", "-1", "5,0", "5,-3", "5,x", "nan", "1e300"] {
+            let message = text.parse::<SimulatedLink>().unwrap_err().to_string();
+            assert!(message.contains(&format!("`{text}`")) && message.contains("milliseconds"), "{message}");
+        }
+        assert!("f64".parse::<WireType>().unwrap_err().to_string().contains("bf16"));
     }
 }

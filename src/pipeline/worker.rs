@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::Tensor;
 
-use super::transfer::Link;
+use super::transfer::{Arrival, Link};
 use crate::backend::{MicroBatch, SequenceId, StageBackend, StageOutput};
 use crate::device::OpenDevice;
 use crate::error::{Error, Result};
@@ -34,7 +34,7 @@ pub enum StageMessage {
         /// Rows to run.
         batch: MicroBatch,
         /// The previous stage's output.
-        input: Option<Tensor>,
+        input: Option<Arrival>,
         /// Set when nobody wants the step any more: a stage that has not begun it passes it by. Not part of the
         /// micro-batch, which is plain data.
         cancelled: Arc<AtomicBool>,
@@ -132,6 +132,12 @@ pub enum Next {
     Scheduler,
 }
 
+/// A stage's output on its way.
+enum Sent {
+    Activations(Arrival),
+    Logits(Vec<Vec<f32>>),
+}
+
 /// All that a stage thread is given besides its backend.
 pub struct Worker {
     /// Index of the stage.
@@ -194,6 +200,10 @@ impl Worker {
             if self.stopping.load(Ordering::Relaxed) {
                 return;
             }
+            // Until it is there nothing behind it is either: a link delivers in order.
+            if let StageMessage::Step { input: Some(arrival), .. } = &message {
+                arrival.wait();
+            }
             // The backend is not looked at again after a panic, so what it was in the middle of does not matter.
             let served = catch_unwind(AssertUnwindSafe(|| self.serve(&mut *backend, message, &mut state)));
             if let Err(panic) = served {
@@ -242,7 +252,7 @@ impl Worker {
                 let queued = received.saturating_duration_since(times.sent);
                 let rows = batch.tokens.len();
                 let forward = |backend: &mut dyn StageBackend| {
-                    let (batch, input) = without(&state.refused, batch, input)?;
+                    let (batch, input) = without(&state.refused, batch, input.map(Arrival::into_activations))?;
                     if batch.slices.is_empty() {
                         return Err(Error::Tensors("none of the step's sequences could be opened".into()));
                     }
@@ -254,14 +264,15 @@ impl Worker {
                 let output = forward(backend);
                 let computed = Instant::now();
                 let compute = computed - received;
-                let output = match (output, &self.next) {
+                let sent = match (output, &self.next) {
                     (Ok((batch, StageOutput::Activations(x))), Next::Stage(_, link)) => {
-                        link.send(x).map(|x| (batch, StageOutput::Activations(x)))
+                        link.send(x).map(|x| (batch, Sent::Activations(x)))
                     }
                     (Ok((_, StageOutput::Activations(_))), Next::Scheduler) => {
                         Err(Error::Tensors("the last stage returned activations instead of logits".into()))
                     }
-                    (output, _) => output,
+                    (Ok((batch, StageOutput::Logits(logits))), _) => Ok((batch, Sent::Logits(logits))),
+                    (Err(error), _) => Err(error),
                 };
                 state.idle_since = Instant::now();
                 let copy = state.idle_since - computed;
@@ -277,11 +288,11 @@ impl Worker {
                 counters.rows.fetch_add(rows as u64, Ordering::Relaxed);
                 self.probe.emit(|| Event::StageStep { stage: self.stage, step, rows, queued, wait, compute, copy });
                 times = StepTimes { sent: state.idle_since, slowest: times.slowest.max(compute), ..times };
-                match output {
-                    Ok((batch, StageOutput::Activations(x))) => {
-                        self.pass_on(StageMessage::Step { step, batch, input: Some(x), cancelled, times });
+                match sent {
+                    Ok((batch, Sent::Activations(arrival))) => {
+                        self.pass_on(StageMessage::Step { step, batch, input: Some(arrival), cancelled, times });
                     }
-                    Ok((batch, StageOutput::Logits(logits))) => {
+                    Ok((batch, Sent::Logits(logits))) => {
                         let wanted = batch.slices.iter().filter(|slice| slice.logits).map(|slice| slice.id);
                         let logits = wanted.zip(logits).collect();
                         (self.replies)(StageReply::Done { step, logits, slowest: times.slowest });

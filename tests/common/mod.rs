@@ -10,7 +10,7 @@ use candle_core::Tensor;
 use candle_pipeline::backend::{MicroBatch, SequenceId, StageBackend, StageBytes, StageOutput};
 use candle_pipeline::{
     DEMO_MODEL, DeviceSpec, Error, ExecutorOptions, Generation, GenerationOptions, HeterogeneousPipeline,
-    HeterogeneousPipelineExecutor, KvType, PipelineOptions, Result,
+    HeterogeneousPipelineExecutor, KvType, PipelineOptions, Result, Split,
 };
 
 /// A folder below tests/fixtures.
@@ -31,9 +31,9 @@ pub async fn executor_with(
     options: ExecutorOptions,
 ) -> Result<HeterogeneousPipelineExecutor> {
     let devices = DeviceSpec::parse_list(devices)?;
+    let split = split.map_or(Split::Bytes, |counts| Split::Layers(counts.to_vec()));
     // Keys and values unrounded, so that what is compared with other programs is the model's arithmetic alone.
-    let plan =
-        PipelineOptions { split: split.map(<[usize]>::to_vec), kv_type: KvType::F32, ..PipelineOptions::default() };
+    let plan = PipelineOptions { split, kv_type: KvType::F32, ..PipelineOptions::default() };
     let pipeline = HeterogeneousPipeline::with_options(&devices, model, plan)?;
     HeterogeneousPipelineExecutor::with_options(pipeline, model, options).await
 }

@@ -1,0 +1,630 @@
+//! What layers, the head and links cost on this machine: seconds, measured through [`StageBackend`] with layers of the
+//! model itself, and kept in a file. Layers of the same tensors are measured once, and one at a time, so that measuring
+//! needs the memory of one layer and the head.
+//!
+//! Looking up embeddings is a copy of one row a token and counts as nothing.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use candle_core::{DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use super::transfer::{Link, LinkOptions, WireType};
+use crate::backend::{MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource};
+use crate::device::{OpenDevice, hardware_name};
+use crate::error::{Error, Result};
+use crate::kernels::kv::KvType;
+use crate::model::config::DecoderConfig;
+use crate::model::decoder::activation_dtype;
+use crate::model::rope::Ropes;
+use crate::weights::{WeightSource, WeightType};
+
+/// Rows of the prefill chunk that is measured: what an executor sends by default, or half of a short context.
+pub fn prefill_rows(context: usize) -> usize {
+    (context / 2 + 1).min(256)
+}
+
+/// Most rows of a decode step that is measured; KV for more takes much memory.
+const MOST_DECODE_ROWS: usize = 64;
+
+/// More than the last-level caches of most processors hold. A layer alone would stay in them from one repetition to the
+/// next, which it does not when all layers of a larger model take turns.
+const CACHE_BYTES: u64 = 256 << 20;
+
+/// Seconds that a layer or the head takes for a micro-batch.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct StepSeconds {
+    /// (rows, seconds) of decode steps, one row a sequence, by rising rows.
+    pub decode: Vec<(usize, f64)>,
+    /// A prefill chunk of [`prefill_rows`] rows.
+    pub prefill: f64,
+}
+
+impl StepSeconds {
+    /// Seconds of a decode step with `rows` rows: measured, or on the line between the neighbours. Beyond the last
+    /// measurement the seconds grow as the rows do.
+    pub fn decode(&self, rows: usize) -> f64 {
+        let above = self.decode.partition_point(|&(measured, _)| measured < rows);
+        match (above.checked_sub(1).map(|below| self.decode[below]), self.decode.get(above)) {
+            (_, Some(&(measured, seconds))) if measured == rows => seconds,
+            (Some((r0, s0)), Some(&(r1, s1))) => s0 + (s1 - s0) * (rows - r0) as f64 / (r1 - r0) as f64,
+            (Some((last, seconds)), None) => seconds * rows as f64 / last as f64,
+            (None, Some(&(_, seconds))) => seconds,
+            (None, None) => 0.0,
+        }
+    }
+
+    fn is_sound(&self) -> bool {
+        let seconds = self.decode.iter().map(|&(_, seconds)| seconds).chain([self.prefill]);
+        let rises = self.decode.windows(2).all(|pair| pair[0].0 < pair[1].0);
+        rises && self.decode.first().is_some_and(|&(rows, _)| rows == 1) && seconds.into_iter().all(is_sound)
+    }
+
+    fn slowed(&mut self, factor: f64) {
+        self.decode.iter_mut().for_each(|(_, seconds)| *seconds *= factor);
+        self.prefill *= factor;
+    }
+}
+
+fn is_sound(seconds: f64) -> bool {
+    seconds.is_finite() && seconds >= 0.0
+}
+
+/// What a model costs on one device.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct DeviceCost {
+    /// Each layer.
+    pub layers: Vec<StepSeconds>,
+    /// Final norm and head. Its `prefill` is 0: of a whole prompt one row goes through it.
+    pub head: StepSeconds,
+}
+
+impl DeviceCost {
+    /// The same device if it were `factor` times slower.
+    pub fn slowed(mut self, factor: f64) -> Self {
+        self.layers.iter_mut().chain([&mut self.head]).for_each(|step| step.slowed(factor));
+        self
+    }
+
+    fn is_sound(&self) -> bool {
+        self.layers.iter().chain([&self.head]).all(StepSeconds::is_sound)
+    }
+}
+
+/// What it costs to hand activations from one stage to the next, in seconds.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct LinkCost {
+    /// Time under way in which neither the sending stage nor the link is busy.
+    pub latency: f64,
+    /// Time that the sending stage copies, whatever it sends.
+    pub copy: f64,
+    /// Time that the sending stage copies each row.
+    pub copy_per_row: f64,
+    /// Time that each row occupies the link, while both stages go on.
+    pub wire_per_row: f64,
+}
+
+impl LinkCost {
+    /// Seconds that the sending stage copies `rows` rows.
+    pub fn copy(&self, rows: usize) -> f64 {
+        self.copy + self.copy_per_row * rows as f64
+    }
+
+    /// Seconds that `rows` rows occupy the link.
+    pub fn wire(&self, rows: usize) -> f64 {
+        self.wire_per_row * rows as f64
+    }
+
+    fn is_sound(&self) -> bool {
+        [self.latency, self.copy, self.copy_per_row, self.wire_per_row].into_iter().all(is_sound)
+    }
+}
+
+/// A model as it would be loaded, and the steps whose time is wanted.
+pub struct Subject<'a> {
+    /// Its tensors.
+    pub source: &'a Arc<dyn WeightSource>,
+    /// What it is.
+    pub config: &'a Arc<DecoderConfig>,
+    /// Type that F32, F16 and BF16 weights are held in.
+    pub dense_type: Option<WeightType>,
+    /// Type of keys and values on a CPU.
+    pub kv_type: KvType,
+    /// Positions of a sequence. Decode steps are measured in the middle, where a sequence that fills its context is on
+    /// average.
+    pub context: usize,
+    /// Decode steps of up to this many sequences are measured, or 64.
+    pub sequences: usize,
+    /// How activations travel.
+    pub link: LinkOptions,
+}
+
+impl Subject<'_> {
+    /// Measures layers and head on a device whose rotary tables are `ropes`, or takes what `cache` has.
+    pub fn device_cost(&self, device: &OpenDevice, ropes: &Arc<Ropes>, cache: &mut CostCache) -> Result<DeviceCost> {
+        let (layers, rows) = (self.config.num_hidden_layers, self.decode_rows().last().copied().unwrap_or(1));
+        let key = format!(
+            "{}{}; {layers} layers of {}x{}, {:016x}; up to {rows} rows at position {}",
+            hardware_name(device.spec),
+            device.cpu.as_ref().map_or(String::new(), |cpu| format!(", {}, KV {}", cpu.isa, self.kv_type)),
+            self.config.hidden_size,
+            self.config.intermediate_size,
+            self.fingerprint()?,
+            self.depth(),
+        );
+        if let Some(cost) = cache.devices.get(&key).filter(|cost| cost.layers.len() == layers) {
+            return Ok(cost.clone());
+        }
+        tracing::info!("measuring {key}");
+        let cost = self.measure_device(device, ropes)?;
+        cache.devices.insert(key, cost.clone());
+        Ok(cost)
+    }
+
+    /// Measures the link between two devices, or takes what `cache` has. What a simulated link adds is computed.
+    pub fn link_cost(&self, source: &OpenDevice, target: &OpenDevice, cache: &mut CostCache) -> Result<LinkCost> {
+        let dtype = activation_dtype(&**self.source, &source.device, self.dense_type)?;
+        let hidden = self.config.hidden_size;
+        let mut cost = match source.device.same_device(&target.device) {
+            true => LinkCost { latency: hand_over(cache)?, ..LinkCost::default() },
+            false => {
+                let (from, to) = (hardware_name(source.spec), hardware_name(target.spec));
+                let wire = self.link.wire_type.map_or(dtype, WireType::dtype).as_str();
+                let key = format!("{from} to {to}; rows of {hidden} values, {} as {wire}", dtype.as_str());
+                match cache.links.get(&key) {
+                    Some(cost) => *cost,
+                    None => {
+                        let measured = self.measure_link(&source.device, &target.device, dtype, hand_over(cache)?)?;
+                        cache.links.insert(key, measured);
+                        measured
+                    }
+                }
+            }
+        };
+        if let Some(simulated) = self.link.simulated {
+            let row = hidden * self.link.wire_type.map_or(dtype, WireType::dtype).size_in_bytes();
+            cost.latency += simulated.latency.as_secs_f64();
+            cost.wire_per_row += simulated.occupied(row).as_secs_f64();
+        }
+        Ok(cost)
+    }
+
+    /// Positions before that of a measured decode step.
+    fn depth(&self) -> usize {
+        self.context / 2
+    }
+
+    /// Numbers of rows whose decode steps are measured: powers of two up to the first that covers all sequences.
+    fn decode_rows(&self) -> Vec<usize> {
+        let last = self.sequences.clamp(1, MOST_DECODE_ROWS).next_power_of_two();
+        (0..).map(|power| 1usize << power).take_while(|&rows| rows <= last).collect()
+    }
+
+    /// FNV-1a over what decides the time of a step besides the device: the config, and type and shape of each tensor.
+    fn fingerprint(&self) -> Result<u64> {
+        let mut names = self.source.names();
+        names.sort();
+        let mut text = format!("{:?} {:?}", self.config, self.dense_type);
+        for name in names {
+            if let Some(meta) = self.source.meta(&name)? {
+                text.push_str(&format!(" {name} {} {:?}", meta.dtype, meta.shape));
+            }
+        }
+        let mix = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        Ok(text.bytes().fold(0xcbf2_9ce4_8422_2325, mix))
+    }
+
+    /// For each layer the last one that has the same tensors and attention.
+    fn representatives(&self) -> Result<Vec<usize>> {
+        let mut tensors: Vec<Vec<String>> = vec![Vec::new(); self.config.num_hidden_layers];
+        let mut names = self.source.names();
+        names.sort();
+        for name in names {
+            let Some((layer, part)) = name.strip_prefix("layers.").and_then(|rest| rest.split_once('.')) else {
+                continue;
+            };
+            let (Ok(layer), Some(meta)) = (layer.parse::<usize>(), self.source.meta(&name)?) else { continue };
+            if let Some(tensors) = tensors.get_mut(layer) {
+                tensors.push(format!("{part} {} {:?}", meta.dtype, meta.shape));
+            }
+        }
+        let kinds: Vec<_> = tensors.iter().zip(&self.config.layers).collect();
+        let last_of_kind = |kind| kinds.iter().rposition(|other| other == kind);
+        Ok(kinds.iter().filter_map(last_of_kind).collect())
+    }
+
+    fn measure_device(&self, device: &OpenDevice, ropes: &Arc<Ropes>) -> Result<DeviceCost> {
+        let layers = self.config.num_hidden_layers;
+        let representatives = self.representatives()?;
+        let weights: u64 = {
+            let metas = self.source.names().into_iter().map(|name| self.source.meta(&name));
+            metas.filter_map(|meta| meta.transpose()).map(|meta| Ok(meta?.bytes())).sum::<Result<u64>>()?
+        };
+        // Reading this between repetitions takes the layer out of the caches.
+        let eviction = match weights > CACHE_BYTES {
+            true => Some(Tensor::ones(CACHE_BYTES as usize / 4, DType::F32, &device.device)?),
+            false => None,
+        };
+        let mut measured: HashMap<usize, StepSeconds> = HashMap::new();
+        let mut head = StepSeconds::default();
+        for &layer in &representatives {
+            if measured.contains_key(&layer) {
+                continue;
+            }
+            let mut bench = self.bench(layer..layer + 1, device, ropes, eviction.as_ref())?;
+            let mut step = StepSeconds { decode: Vec::new(), prefill: bench.prefill()? };
+            for rows in self.decode_rows() {
+                let seconds = bench.decode(rows, false)?;
+                step.decode.push((rows, seconds));
+                // Every model's last layer represents its kind, and the head is behind it.
+                if layer + 1 == layers {
+                    head.decode.push((rows, (bench.decode(rows, true)? - seconds).max(0.0)));
+                }
+            }
+            measured.insert(layer, step);
+        }
+        Ok(DeviceCost { layers: representatives.iter().map(|layer| measured[layer].clone()).collect(), head })
+    }
+
+    /// Loads a layer and opens sequences in it.
+    fn bench<'a>(
+        &self,
+        layers: Range<usize>,
+        device: &OpenDevice,
+        ropes: &Arc<Ropes>,
+        eviction: Option<&'a Tensor>,
+    ) -> Result<Bench<'a>> {
+        let prefill_rows = prefill_rows(self.context);
+        let sequences = self.decode_rows().last().copied().unwrap_or(1);
+        let with_embeddings = layers.start == 0;
+        let stage = StageSource {
+            weights: self.source.clone(),
+            config: self.config.clone(),
+            layers,
+            device: device.clone(),
+            ropes: ropes.clone(),
+            dense_type: self.dense_type,
+            kv_type: self.kv_type,
+        };
+        let mut backend = stage.load(&|_| {})?;
+        for id in 0..sequences {
+            backend.open(SequenceId(id as u64), self.depth() + 1)?;
+        }
+        let activations = match with_embeddings {
+            true => None,
+            false => {
+                let dtype = activation_dtype(&**self.source, &device.device, self.dense_type)?;
+                let rows = prefill_rows.max(sequences);
+                // Of the size that activations have; zeros could be faster than what there is in earnest.
+                let values = (0..rows * self.config.hidden_size).map(|i| ((i * 37 % 101) as f32 - 50.0) / 50.0);
+                let values = Tensor::from_iter(values, &Device::Cpu)?.reshape((rows, self.config.hidden_size))?;
+                Some(values.to_dtype(dtype)?.to_device(&device.device)?)
+            }
+        };
+        let (device, depth) = (device.device.clone(), self.depth());
+        Ok(Bench { backend, device, activations, depth, prefill_rows, eviction })
+    }
+
+    fn measure_link(&self, source: &Device, target: &Device, dtype: DType, hand_over: f64) -> Result<LinkCost> {
+        let link = Link::new(source, target, LinkOptions { simulated: None, ..self.link })?;
+        let seconds = |rows: usize| {
+            let x = Tensor::ones((rows, self.config.hidden_size), dtype, source)?;
+            typical(|| {
+                source.synchronize()?;
+                let began = Instant::now();
+                link.send(x.clone())?;
+                target.synchronize()?;
+                Ok(began.elapsed().as_secs_f64())
+            })
+        };
+        const MANY: usize = 256;
+        let (one, many) = (seconds(1)?, seconds(MANY)?);
+        let copy_per_row = ((many - one) / (MANY - 1) as f64).max(0.0);
+        Ok(LinkCost { latency: hand_over, copy: (one - copy_per_row).max(0.0), copy_per_row, wire_per_row: 0.0 })
+    }
+}
+
+/// A loaded layer with open sequences.
+struct Bench<'a> {
+    backend: Box<dyn StageBackend>,
+    device: Device,
+    /// Input rows, (rows, hidden_size); `None` for the first layer, which starts from tokens.
+    activations: Option<Tensor>,
+    depth: usize,
+    prefill_rows: usize,
+    eviction: Option<&'a Tensor>,
+}
+
+impl Bench<'_> {
+    /// Seconds of a decode step of `rows` sequences, whose earlier positions hold zeros.
+    fn decode(&mut self, rows: usize, logits: bool) -> Result<f64> {
+        let (position, length) = (self.depth, self.depth + 1);
+        let slice = |id| SequenceSlice { id: SequenceId(id as u64), position, len: 1, length, logits };
+        self.seconds((0..rows).map(slice).collect())
+    }
+
+    /// Seconds of a prompt's first chunk.
+    fn prefill(&mut self) -> Result<f64> {
+        let len = self.prefill_rows;
+        self.seconds(vec![SequenceSlice { id: SequenceId(0), position: 0, len, length: len, logits: false }])
+    }
+
+    fn seconds(&mut self, slices: Vec<SequenceSlice>) -> Result<f64> {
+        let rows = slices.iter().map(|slice| slice.len).sum();
+        let batch = MicroBatch { slices, tokens: vec![0; rows] };
+        let input = self.activations.as_ref().map(|x| x.narrow(0, 0, rows)?.force_contiguous()).transpose()?;
+        typical(|| {
+            if let Some(eviction) = self.eviction {
+                eviction.sum_all()?.to_scalar::<f32>()?;
+            }
+            self.device.synchronize()?;
+            let began = Instant::now();
+            let output = self.backend.forward(&batch, input.clone())?;
+            if let StageOutput::Activations(x) = &output {
+                x.device().synchronize()?;
+            }
+            Ok(began.elapsed().as_secs_f64())
+        })
+    }
+}
+
+/// The lower quartile of several runs, after one that is not counted, for it compiles kernels and touches memory. What
+/// else runs on the machine makes a run longer and never shorter, so the faster half tells more than the slower.
+fn typical(mut seconds: impl FnMut() -> Result<f64>) -> Result<f64> {
+    const FEWEST: usize = 5;
+    const MOST: usize = 40;
+    const ENOUGH_SECONDS: f64 = 0.15;
+    seconds()?;
+    let (mut runs, mut total) = (Vec::with_capacity(MOST), 0.0);
+    while runs.len() < FEWEST || (runs.len() < MOST && total < ENOUGH_SECONDS) {
+        let run = seconds()?;
+        runs.push(run);
+        total += run;
+    }
+    runs.sort_by(f64::total_cmp);
+    Ok(runs[runs.len() / 4])
+}
+
+/// Seconds until a thread that waits for a message has it.
+pub fn hand_over(cache: &mut CostCache) -> Result<f64> {
+    const KEY: &str = "from thread to thread";
+    if let Some(cost) = cache.links.get(KEY) {
+        return Ok(cost.latency);
+    }
+    let ((to_echo, echo_inbox), (to_us, inbox)) = (std::sync::mpsc::channel(), std::sync::mpsc::channel());
+    let echo = std::thread::spawn(move || {
+        while let Ok(message) = echo_inbox.recv() {
+            if to_us.send(message).is_err() {
+                return;
+            }
+        }
+    });
+    let lost = || Error::Tensors("a thread that measures messages between threads has ended".into());
+    let round_trip = typical(|| {
+        let began = Instant::now();
+        to_echo.send(()).map_err(|_| lost())?;
+        inbox.recv().map_err(|_| lost())?;
+        Ok(began.elapsed().as_secs_f64())
+    })?;
+    drop(to_echo);
+    let _ = echo.join();
+    let cost = LinkCost { latency: round_trip / 2.0, ..LinkCost::default() };
+    cache.links.insert(KEY.to_string(), cost);
+    Ok(cost.latency)
+}
+
+/// Measured costs by what was measured, kept in a file.
+#[derive(Debug, Default)]
+pub struct CostCache {
+    path: Option<PathBuf>,
+    devices: Entries<DeviceCost>,
+    links: Entries<LinkCost>,
+}
+
+/// Costs from the file and from this run.
+#[derive(Debug)]
+struct Entries<T> {
+    stored: BTreeMap<String, T>,
+    measured: BTreeMap<String, T>,
+    /// Costs from the file are kept in it, but not taken.
+    remeasure: bool,
+}
+
+impl<T> Default for Entries<T> {
+    fn default() -> Self {
+        Entries { stored: BTreeMap::new(), measured: BTreeMap::new(), remeasure: false }
+    }
+}
+
+impl<T> Entries<T> {
+    fn new(stored: BTreeMap<String, T>, remeasure: bool) -> Self {
+        Entries { stored, measured: BTreeMap::new(), remeasure }
+    }
+
+    fn get(&self, key: &str) -> Option<&T> {
+        self.measured.get(key).or_else(|| self.stored.get(key).filter(|_| !self.remeasure))
+    }
+
+    fn insert(&mut self, key: String, cost: T) {
+        self.measured.insert(key, cost);
+    }
+}
+
+/// The file. Another version of the crate computes in another time, so its costs do not count.
+#[derive(Serialize, Deserialize)]
+struct CostFile {
+    version: String,
+    devices: BTreeMap<String, DeviceCost>,
+    links: BTreeMap<String, LinkCost>,
+}
+
+impl CostCache {
+    /// Reads the costs at `path`; without one, costs live as long as the cache. With `remeasure`, what is asked for is
+    /// measured again and replaces what the file has. A file that cannot be used is told of in a warning and replaced.
+    pub fn open(path: Option<&Path>, remeasure: bool) -> CostCache {
+        let stored = path.and_then(|path| {
+            let unusable = |reason: String| {
+                tracing::warn!("{}: {reason}; costs are measured and the file is replaced", path.display());
+            };
+            let text = match std::fs::read_to_string(path) {
+                Ok(text) => text,
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
+                Err(error) => {
+                    unusable(format!("cannot be read: {error}"));
+                    return None;
+                }
+            };
+            match serde_json::from_str::<CostFile>(&text) {
+                Ok(file) if file.version != env!("CARGO_PKG_VERSION") => {
+                    unusable(format!("is of version {}, this is {}", file.version, env!("CARGO_PKG_VERSION")));
+                    None
+                }
+                Ok(file)
+                    if !file.devices.values().all(DeviceCost::is_sound)
+                        || !file.links.values().all(LinkCost::is_sound) =>
+                {
+                    unusable("has times that are none".into());
+                    None
+                }
+                Ok(file) => Some(file),
+                Err(error) => {
+                    unusable(format!("is no file of costs: {error}"));
+                    None
+                }
+            }
+        });
+        let (devices, links) = stored.map_or_else(Default::default, |file| (file.devices, file.links));
+        CostCache {
+            path: path.map(Path::to_path_buf),
+            devices: Entries::new(devices, remeasure),
+            links: Entries::new(links, remeasure),
+        }
+    }
+
+    /// Writes the file if anything was measured. A file that cannot be written costs the next plan its time and nothing
+    /// else, so it is only told of in a warning.
+    pub fn save(self) {
+        let Some(path) = self.path else { return };
+        if self.devices.measured.is_empty() && self.links.measured.is_empty() {
+            return;
+        }
+        let (mut devices, mut links) = (self.devices.stored, self.links.stored);
+        devices.extend(self.devices.measured);
+        links.extend(self.links.measured);
+        let file = CostFile { version: env!("CARGO_PKG_VERSION").to_string(), devices, links };
+        if let Err(error) = write_atomically(&path, &file) {
+            tracing::warn!("{}: costs cannot be kept: {error}", path.display());
+        }
+    }
+}
+
+/// Writes beside the file and renames, so that a reader sees the old file or the new one.
+fn write_atomically(path: &Path, file: &CostFile) -> std::io::Result<()> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(format!(".{}-{:?}.tmp", std::process::id(), std::thread::current().id()));
+    let written =
+        std::fs::write(&beside, serde_json::to_vec_pretty(file)?).and_then(|()| std::fs::rename(&beside, path));
+    if written.is_err() {
+        let _ = std::fs::remove_file(&beside);
+    }
+    written
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step(decode: &[(usize, f64)]) -> StepSeconds {
+        StepSeconds { decode: decode.to_vec(), prefill: 1.0 }
+    }
+
+    fn cost() -> DeviceCost {
+        let step = step(&[(1, 0.25), (2, 0.5)]);
+        DeviceCost { layers: vec![step.clone(), step.clone()], head: step }
+    }
+
+    /// A cache at `path` that has measured one device and one link, written.
+    fn write(path: &Path) {
+        let mut cache = CostCache::open(Some(path), false);
+        cache.devices.insert("device".into(), cost());
+        cache.links.insert("link".into(), LinkCost { latency: 0.5, ..LinkCost::default() });
+        cache.save();
+    }
+
+    #[test]
+    fn seconds_between_measurements_lie_on_a_line_and_beyond_them_grow_with_the_rows() {
+        let step = step(&[(1, 1.0), (4, 4.0), (8, 5.0)]);
+        for (rows, seconds) in [(1, 1.0), (2, 2.0), (4, 4.0), (6, 4.5), (8, 5.0), (16, 10.0)] {
+            assert_eq!(step.decode(rows), seconds, "{rows} rows");
+        }
+        assert_eq!(StepSeconds::default().decode(3), 0.0);
+        assert_eq!(cost().slowed(2.0).layers[0].decode, [(1, 0.5), (2, 1.0)]);
+    }
+
+    #[test]
+    fn the_file_gives_back_what_it_was_given_and_nothing_lies_beside_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("new/costs.json");
+        write(&path);
+        let cache = CostCache::open(Some(&path), false);
+        assert_eq!(cache.devices.get("device"), Some(&cost()));
+        assert_eq!(cache.links.get("link").unwrap().latency, 0.5);
+        assert_eq!(cache.devices.get("another device"), None);
+        assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn measuring_again_replaces_what_was_asked_for_and_keeps_the_rest() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("costs.json");
+        write(&path);
+        let mut cache = CostCache::open(Some(&path), true);
+        assert_eq!(cache.devices.get("device"), None);
+        cache.devices.insert("device".into(), cost().slowed(3.0));
+        assert_eq!(cache.devices.get("device"), Some(&cost().slowed(3.0)), "once a run is enough");
+        cache.save();
+        let cache = CostCache::open(Some(&path), false);
+        assert_eq!(cache.devices.get("device"), Some(&cost().slowed(3.0)));
+        assert!(cache.links.get("link").is_some());
+    }
+
+    #[test]
+    fn files_that_are_old_damaged_or_no_files_are_ignored_and_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("costs.json");
+        write(&path);
+        let good = std::fs::read_to_string(&path).unwrap();
+        for (damage, text) in [
+            ("cut off", good[..good.len() / 2].to_string()),
+            ("another version", good.replace(env!("CARGO_PKG_VERSION"), "0.0.0")),
+            ("negative seconds", good.replace("0.25", "-0.25")),
+            ("rows that fall", good.replace("2,\n            0.5", "1,\n            0.5")),
+            ("no JSON", "seconds".to_string()),
+            ("empty", String::new()),
+        ] {
+            assert_ne!(text, good, "{damage}");
+            std::fs::write(&path, &text).unwrap();
+            let cache = CostCache::open(Some(&path), false);
+            assert!(cache.devices.get("device").is_none() && cache.links.get("link").is_none(), "{damage}");
+            write(&path);
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), good, "{damage}");
+        }
+        // A folder in its place can be neither read nor written: told of, and no reason to fail.
+        write(folder.path());
+    }
+
+    #[test]
+    fn a_thread_has_a_message_soon_and_is_asked_once() {
+        let mut cache = CostCache::default();
+        let seconds = hand_over(&mut cache).unwrap();
+        assert!(seconds > 0.0 && seconds < 0.1, "{seconds}");
+        assert_eq!(hand_over(&mut cache).unwrap(), seconds);
+    }
+}
