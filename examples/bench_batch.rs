@@ -80,7 +80,8 @@ async fn measure(executor: &HeterogeneousPipelineExecutor, case: &Case) -> Resul
     );
     // Those that begin first must not end before the last has begun.
     let max_tokens = if case.sequences == 1 { case.generate + 1 } else { left.min((case.generate + 1) * 8) };
-    let options = GenerationOptions { ignore_eos: true, ..GenerationOptions::new(max_tokens, 0.0, 1.0) };
+    let options =
+        GenerationOptions { ignore_eos: true, reuse_prefix: false, ..GenerationOptions::new(max_tokens, 0.0, 1.0) };
 
     let began = Instant::now();
     let prompts = case.prompts(pipeline.config().vocab_size).into_iter().enumerate();
@@ -125,7 +126,7 @@ async fn measure(executor: &HeterogeneousPipelineExecutor, case: &Case) -> Resul
     }
     // What is still running must not take time from the next case.
     drop(events);
-    while executor.memory().iter().any(|stage| stage.kv > 0) {
+    while executor.memory().iter().any(|stage| stage.kv > stage.kv_retained) {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     Ok(timing)
