@@ -340,7 +340,8 @@ impl Problem {
         if self.devices.len() > MAX_DEVICES {
             let count = self.devices.len();
             let reason = format!(
-                "{count} are too many for a measured plan, which tries each choice of up to {MAX_DEVICES}; leave some out or give the layers of each"
+                "a measured plan tries each choice of up to {MAX_DEVICES}, {count} are too many; leave some out, or give \
+                 the layers of each"
             );
             return Err(Error::option("devices", reason));
         }
