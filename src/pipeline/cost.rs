@@ -1,6 +1,6 @@
 //! What layers, the head and links cost on this machine: seconds, measured through [`StageBackend`] with layers of the
-//! model itself, and kept in a file. Layers of the same tensors are measured once, and one at a time, so that measuring
-//! needs the memory of one layer and the head.
+//! model itself, and kept in a file. Layers of the same tensors are measured once, so that measuring takes seconds and the
+//! memory of a few layers and the head.
 //!
 //! Looking up embeddings is a copy of one row a token and counts as nothing.
 
@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
@@ -30,6 +30,9 @@ pub fn prefill_rows(context: usize) -> usize {
 
 /// Most rows of a decode step that is measured; KV for more takes much memory.
 const MOST_DECODE_ROWS: usize = 64;
+
+/// Layers that are loaded together to find what a step costs besides its layers.
+const MOST_LAYERS_AT_ONCE: usize = 4;
 
 /// More than the last-level caches of most processors hold. A layer alone would stay in them from one repetition to the
 /// next, which it does not when all layers of a larger model take turns.
@@ -64,6 +67,12 @@ impl StepSeconds {
         rises && self.decode.first().is_some_and(|&(rows, _)| rows == 1) && seconds.into_iter().all(is_sound)
     }
 
+    fn less(mut self, seconds: f64) -> Self {
+        self.decode.iter_mut().for_each(|(_, step)| *step = (*step - seconds).max(0.0));
+        self.prefill = (self.prefill - seconds).max(0.0);
+        self
+    }
+
     fn slowed(&mut self, factor: f64) {
         self.decode.iter_mut().for_each(|(_, seconds)| *seconds *= factor);
         self.prefill *= factor;
@@ -81,17 +90,20 @@ pub struct DeviceCost {
     pub layers: Vec<StepSeconds>,
     /// Final norm and head. Its `prefill` is 0: of a whole prompt one row goes through it.
     pub head: StepSeconds,
+    /// Seconds of each micro-batch that do not depend on the number of layers: waking threads, launching, waiting.
+    pub step: f64,
 }
 
 impl DeviceCost {
     /// The same device if it were `factor` times slower.
     pub fn slowed(mut self, factor: f64) -> Self {
         self.layers.iter_mut().chain([&mut self.head]).for_each(|step| step.slowed(factor));
+        self.step *= factor;
         self
     }
 
     fn is_sound(&self) -> bool {
-        self.layers.iter().chain([&self.head]).all(StepSeconds::is_sound)
+        self.layers.iter().chain([&self.head]).all(StepSeconds::is_sound) && is_sound(self.step)
     }
 }
 
@@ -267,10 +279,21 @@ impl Subject<'_> {
             }
             measured.insert(layer, step);
         }
-        Ok(DeviceCost { layers: representatives.iter().map(|layer| measured[layer].clone()).collect(), head })
+        let run = layers.saturating_sub(MOST_LAYERS_AT_ONCE)..layers;
+        let mut step = 0.0;
+        if run.len() > 1 {
+            // One by one the layers take as many steps as there are layers, together one.
+            let one_by_one: f64 = representatives[run.clone()].iter().map(|layer| measured[layer].decode(1)).sum();
+            let between = (run.len() - 1) as f64;
+            let together = self.bench(run, device, ropes, eviction.as_ref())?.decode(1, false)?;
+            let least = measured.values().map(|layer| layer.decode(1)).fold(f64::INFINITY, f64::min);
+            step = ((one_by_one - together) / between).clamp(0.0, least);
+        }
+        let layer = |representative: &usize| measured[representative].clone().less(step);
+        Ok(DeviceCost { layers: representatives.iter().map(layer).collect(), head, step })
     }
 
-    /// Loads a layer and opens sequences in it.
+    /// Loads layers and opens sequences in them.
     fn bench<'a>(
         &self,
         layers: Range<usize>,
@@ -328,7 +351,7 @@ impl Subject<'_> {
     }
 }
 
-/// A loaded layer with open sequences.
+/// Loaded layers with open sequences.
 struct Bench<'a> {
     backend: Box<dyn StageBackend>,
     device: Device,
@@ -405,6 +428,8 @@ pub fn hand_over(cache: &mut CostCache) -> Result<f64> {
     });
     let lost = || Error::Tensors("a thread that measures messages between threads has ended".into());
     let round_trip = typical(|| {
+        // A stage has mostly slept for a while when its next message comes.
+        std::thread::sleep(Duration::from_millis(1));
         let began = Instant::now();
         to_echo.send(()).map_err(|_| lost())?;
         inbox.recv().map_err(|_| lost())?;
@@ -547,7 +572,7 @@ mod tests {
 
     fn cost() -> DeviceCost {
         let step = step(&[(1, 0.25), (2, 0.5)]);
-        DeviceCost { layers: vec![step.clone(), step.clone()], head: step }
+        DeviceCost { layers: vec![step.clone(), step.clone()], head: step, step: 0.125 }
     }
 
     /// A cache at `path` that has measured one device and one link, written.

@@ -224,7 +224,7 @@ impl HeterogeneousPipeline {
             let dtype = activation_dtype(&*self.source, &device.device, self.options.dtype)?;
             devices.push(PlanDevice {
                 spec: device.spec,
-                cost: DeviceCost { layers: vec![StepSeconds::default(); layers], head: StepSeconds::default() },
+                cost: DeviceCost { layers: vec![StepSeconds::default(); layers], ..DeviceCost::default() },
                 free_bytes: usable(free),
                 kv_bytes_per_layer: self.kv_bytes_per_layer(device)?,
                 working_bytes: working_bytes(&self.config, workload, device.spec, dtype.size_in_bytes()),

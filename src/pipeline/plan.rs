@@ -267,8 +267,8 @@ impl Problem {
     pub fn predict(&self, cut: &[Placement]) -> Prediction {
         let rows = prefill_rows(self.workload.context);
         let slowest = cut.iter().enumerate().map(|(index, Placement { device, layers })| {
-            let layers = &self.devices[*device].cost.layers[layers.clone()];
-            let compute: f64 = layers.iter().map(|layer| layer.prefill).sum();
+            let cost = &self.devices[*device].cost;
+            let compute = cost.step + cost.layers[layers.clone()].iter().map(|layer| layer.prefill).sum::<f64>();
             let link = cut.get(index + 1).map_or(LinkCost::default(), |next| self.links[*device][next.device]);
             link.wire(rows).max(compute + link.copy(rows))
         });
@@ -340,7 +340,8 @@ impl Problem {
         if self.devices.len() > MAX_DEVICES {
             let count = self.devices.len();
             let reason = format!(
-                "{count} are too many for a measured plan, which tries each choice of up to {MAX_DEVICES}; leave some out or give the layers of each"
+                "a measured plan tries each choice of up to {MAX_DEVICES}, {count} are too many; leave some out, or give \
+                 the layers of each"
             );
             return Err(Error::option("devices", reason));
         }
@@ -527,6 +528,8 @@ struct Times {
     rows: usize,
     /// For each stage, seconds of the layers before each.
     before: Vec<Vec<f64>>,
+    /// For each stage, seconds besides layers and head.
+    step: Vec<f64>,
     /// Seconds of the head behind the last stage's layers.
     head: f64,
     /// Behind each stage but the last.
@@ -553,6 +556,7 @@ impl Times {
         Times {
             rows,
             before: devices.iter().map(before).collect(),
+            step: devices.iter().map(|&device| problem.devices[device].cost.step).collect(),
             head: devices.last().map_or(0.0, |&device| problem.devices[device].cost.head.decode(rows)),
             links: devices.windows(2).map(|pair| problem.links[pair[0]][pair[1]]).collect(),
             weights_before: [0].into_iter().chain(weights).collect(),
@@ -561,7 +565,7 @@ impl Times {
 
     /// Seconds that a stage with these layers is busy with a micro-batch.
     fn busy(&self, stage: usize, layers: &Range<usize>) -> f64 {
-        let compute = self.before[stage][layers.end] - self.before[stage][layers.start];
+        let compute = self.step[stage] + (self.before[stage][layers.end] - self.before[stage][layers.start]);
         match self.links.get(stage) {
             Some(link) => compute + link.copy(self.rows),
             None => compute + self.head,
@@ -896,6 +900,7 @@ mod tests {
             cost: DeviceCost {
                 layers: vec![seconds(&[(1, layer), (16, 16.0 * layer)]); layers],
                 head: seconds(&[(1, layer), (16, 16.0 * layer)]),
+                step: 0.0,
             },
             free_bytes: 1 << 40,
             kv_bytes_per_layer: 1,
@@ -1009,7 +1014,7 @@ mod tests {
             StepSeconds { decode: vec![(1, one), (2, one + ms(most)), (8, 2.0 * one + ms(10 * most))], prefill: one }
         };
         let cost: Vec<DeviceCost> = (0..devices)
-            .map(|_| DeviceCost { layers: (0..layers).map(|_| times(50)).collect(), head: times(100) })
+            .map(|_| DeviceCost { layers: (0..layers).map(|_| times(50)).collect(), head: times(100), step: 0.0 })
             .collect();
         let mut link = || LinkCost { latency: ms(30), copy: ms(5), copy_per_row: ms(3), wire_per_row: ms(20) };
         let links = (0..devices).map(|_| (0..devices).map(|_| link()).collect()).collect();
@@ -1030,7 +1035,8 @@ mod tests {
             working_bytes: below(20),
             logits_bytes: below(10),
         };
-        let devices = cost.into_iter().enumerate().map(device).collect();
+        let mut devices: Vec<PlanDevice> = cost.into_iter().enumerate().map(device).collect();
+        devices.iter_mut().for_each(|device| device.cost.step = below(8) as f64 / 1e3);
         let workload = Workload { context: 1 + below(10) as usize, sequences: 1 + below(9) as usize };
         Problem { weights, weight_type: WeightType::F32, devices, links, scheduler, workload }
     }
@@ -1083,7 +1089,8 @@ mod tests {
                 let mut busiest: f64 = 0.0;
                 for (index, stage) in cut.iter().enumerate() {
                     let cost = &problem.devices[stage.device].cost;
-                    let mut busy: f64 = cost.layers[stage.layers.clone()].iter().map(|layer| layer.decode(rows)).sum();
+                    let layers = &cost.layers[stage.layers.clone()];
+                    let mut busy = cost.step + layers.iter().map(|layer| layer.decode(rows)).sum::<f64>();
                     match cut.get(index + 1) {
                         None => busy += cost.head.decode(rows),
                         Some(next) => {
