@@ -7,7 +7,7 @@ use std::path::Path;
 
 use candle_pipeline::pipeline::plan::{Fit, Placement, Problem};
 use candle_pipeline::{
-    DEMO_MODEL, DeviceSpec, ExecutorOptions, HeterogeneousPipeline, HeterogeneousPipelineExecutor, LinkOptions,
+    DEMO_MODEL, DeviceSpec, ExecutorOptions, HeterogeneousPipeline, HeterogeneousPipelineExecutor, KvType, LinkOptions,
     MeasuredSplit, Objective, PipelineOptions, SimulatedLink, Split, WireType,
 };
 use common::{bits, greedy};
@@ -26,7 +26,7 @@ fn measured(cache: Option<&Path>) -> MeasuredSplit {
 }
 
 fn short() -> PipelineOptions {
-    PipelineOptions { context_length: Some(64), ..PipelineOptions::default() }
+    PipelineOptions { context_length: Some(64), kv_type: KvType::F32, ..PipelineOptions::default() }
 }
 
 fn problem(names: &str, model: &str) -> Problem {

@@ -48,8 +48,12 @@ struct SequenceKv {
 }
 
 impl SequenceKv {
-    fn bytes(&self) -> u64 {
-        self.layers.iter().map(LayerKv::bytes).sum()
+    /// Bytes of the positions that were asked for, which is what is budgeted. The allocation is up to 63 positions larger,
+    /// see [`LayerKv::new`]; the budget leaves a twentieth of the memory for such things.
+    fn bytes(&self, stage: &Stage) -> u64 {
+        let Stage { config, kv_type, .. } = stage;
+        let position = kv_type.bytes_per_position(config.num_key_value_heads, config.head_dim);
+        self.layers.iter().map(|layer| layer.capacity() as u64 * position).sum()
     }
 }
 
@@ -446,6 +450,6 @@ impl StageBackend for CpuBackend {
     }
 
     fn bytes(&self) -> StageBytes {
-        StageBytes { weights: self.weights.bytes, kv: self.sequences.values().map(SequenceKv::bytes).sum() }
+        StageBytes { weights: self.weights.bytes, kv: self.sequences.values().map(|kv| kv.bytes(&self.stage)).sum() }
     }
 }

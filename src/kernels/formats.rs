@@ -10,7 +10,7 @@ use half::f16;
 use super::simd::{LANES, Simd};
 
 /// Bytes of a vector.
-const VECTOR: usize = 64;
+pub const VECTOR: usize = 64;
 
 /// Columns that one set of vectors covers.
 pub const SUB: usize = 32;

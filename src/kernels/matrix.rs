@@ -8,7 +8,7 @@
 use half::{bf16, f16};
 
 use super::buffer::Buffer;
-use super::formats::{Format, Offset, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, SUB};
+use super::formats::{Format, Offset, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, SUB, VECTOR};
 use super::input::{Input, InputBlock};
 use super::pool::Pool;
 use super::simd::{Isa, Kernel, LANES, Simd};
@@ -340,6 +340,14 @@ unsafe fn multiply_sub<S: Simd, F: Format>(
 ) {
     // SAFETY: `inputs` has as many blocks as `sums`; the block is whole.
     unsafe {
+        // Between two columns' weights there is time for the next ones to arrive, if they are asked for: the hardware's
+        // own prefetcher does so only while loads follow each other closely, as with one input.
+        if sums.len() > 1 {
+            let ahead = block.wrapping_add(sub * F::SUB_BYTES + AHEAD);
+            for line in (0..F::SUB_BYTES).step_by(VECTOR) {
+                S::prefetch(ahead.wrapping_add(line));
+            }
+        }
         let scales = F::scales::<S>(block, sub);
         let w = F::weights::<S>(block, sub);
         for (i, sum) in sums.iter_mut().enumerate() {
@@ -399,6 +407,9 @@ struct Dense {
     n: usize,
     k: usize,
 }
+
+/// How far ahead of the columns in hand weights are asked for, in bytes.
+const AHEAD: usize = 2048;
 
 /// Inputs that a tile of dense groups is multiplied with at a time.
 const DENSE_INPUTS: usize = 6;

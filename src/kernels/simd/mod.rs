@@ -182,6 +182,8 @@ pub trait Simd: Copy + 'static {
     /// 2 to the power of each lane, which must be in -126..=127.
     unsafe fn power_of_two(a: Self::I) -> Self::F;
 
+    /// Asks for the cache line at `at`, which need not be memory of ours.
+    unsafe fn prefetch(at: *const u8);
     unsafe fn load_bytes(from: *const u8) -> Self::B;
     unsafe fn splat_bytes(value: u8) -> Self::B;
     unsafe fn and(a: Self::B, b: Self::B) -> Self::B;

@@ -165,6 +165,8 @@ impl Simd for Scalar {
         each(a, |v| f32::from_bits(((v + 127) << 23) as u32))
     }
     #[inline(always)]
+    unsafe fn prefetch(_at: *const u8) {}
+    #[inline(always)]
     unsafe fn load_bytes(from: *const u8) -> Self::B {
         unsafe { from.cast::<Self::B>().read_unaligned() }
     }
