@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use candle_pipeline::{GenerationEvent, GenerationOptions, HeterogeneousPipelineExecutor};
+use candle_pipeline::{ExecutorOptions, GenerationEvent, GenerationOptions, HeterogeneousPipelineExecutor};
 use clap::Parser;
 use common::Flags;
 use common::cases::{Case, HEADER, Timing};
@@ -29,6 +29,16 @@ struct Arguments {
     /// What to measure, each `prompt:generate` or `prompt:generate:sequences`.
     #[arg(long, value_delimiter = ',', default_value = "128:0,1:48,64:32:4")]
     cases: Vec<Case>,
+    /// Micro-batches in flight at most: 1 switches overlap of stages off.
+    #[arg(long)]
+    in_flight: Option<usize>,
+    /// Micro-batches that the sequences are spread over; as many as stages when absent.
+    #[arg(long)]
+    micro_batches: Option<usize>,
+    /// In cases that generate: when half of it is there, also submit a prompt of so many tokens, and tell how long the
+    /// others' tokens take while it is computed.
+    #[arg(long)]
+    disturb: Option<usize>,
     /// Print one JSON object instead of the table.
     #[arg(long)]
     json: bool,
@@ -40,8 +50,9 @@ async fn main() -> ExitCode {
 }
 
 async fn run() -> Result<()> {
-    let Arguments { flags, cases, json } = Arguments::parse();
-    let executor = flags.load().await?;
+    let Arguments { flags, cases, in_flight, micro_batches, disturb, json } = Arguments::parse();
+    let options = ExecutorOptions { in_flight, micro_batches, ..ExecutorOptions::default() };
+    let executor = flags.load_with(options).await?;
     executor.warmup().await?;
     if !json {
         println!("{HEADER}");
@@ -49,9 +60,9 @@ async fn run() -> Result<()> {
     let mut measured = Vec::new();
     for case in &cases {
         if case.generate == 0 {
-            measure(&executor, case).await?;
+            measure(&executor, case, disturb).await?;
         }
-        let timing = measure(&executor, case).await?;
+        let timing = measure(&executor, case, disturb).await?;
         if !json {
             println!("{}", timing.row(case));
         }
@@ -69,7 +80,7 @@ async fn run() -> Result<()> {
     Ok(())
 }
 
-async fn measure(executor: &HeterogeneousPipelineExecutor, case: &Case) -> Result<Timing> {
+async fn measure(executor: &HeterogeneousPipelineExecutor, case: &Case, disturb: Option<usize>) -> Result<Timing> {
     let pipeline = executor.pipeline();
     let left = pipeline.context_length().saturating_sub(case.prompt);
     ensure!(
@@ -79,7 +90,8 @@ async fn measure(executor: &HeterogeneousPipelineExecutor, case: &Case) -> Resul
         pipeline.context_length()
     );
     // Those that begin first must not end before the last has begun.
-    let max_tokens = if case.sequences == 1 { case.generate + 1 } else { left.min((case.generate + 1) * 8) };
+    let longer = case.sequences > 1 || disturb.is_some();
+    let max_tokens = if longer { left.min((case.generate + 1) * 8) } else { case.generate + 1 };
     let options =
         GenerationOptions { ignore_eos: true, reuse_prefix: false, ..GenerationOptions::new(max_tokens, 0.0, 1.0) };
 
@@ -92,6 +104,9 @@ async fn measure(executor: &HeterogeneousPipelineExecutor, case: &Case) -> Resul
     let mut waiting = case.sequences;
     let mut all_began = None;
     let mut timing = Timing::default();
+    let mut stats = executor.stage_stats();
+    let disturb = disturb.filter(|_| case.generate > 0);
+    let mut disturber = None;
     while let Some((sequence, event)) = events.next().await {
         match event? {
             GenerationEvent::Token(_) => {}
@@ -111,8 +126,10 @@ async fn measure(executor: &HeterogeneousPipelineExecutor, case: &Case) -> Resul
                 if waiting == 0 {
                     all_began = Some(now);
                     timing.prefill = now - began;
+                    stats = executor.stage_stats();
                 }
             }
+            (Some(before), Some(_)) if disturber.is_some() => timing.disturbed.push(now - before),
             (Some(before), Some(all_began)) => {
                 timing.decoded += 1;
                 timing.decode = now - all_began;
@@ -120,10 +137,21 @@ async fn measure(executor: &HeterogeneousPipelineExecutor, case: &Case) -> Resul
             }
             (Some(_), None) => {}
         }
-        if waiting == 0 && timing.decoded == case.generate * case.sequences {
-            break;
+        let wanted = case.generate * case.sequences;
+        match (&mut disturber, disturb) {
+            (None, Some(length)) if waiting == 0 && timing.decoded == wanted / 2 => {
+                let vocab = pipeline.config().vocab_size;
+                let prompt = (0..length).map(|position| (position * 104_729 % vocab) as u32).collect();
+                let options = GenerationOptions { reuse_prefix: false, ..GenerationOptions::new(1, 0.0, 1.0) };
+                let stream = executor.infer_stream_with(prompt, &options);
+                disturber = Some(tokio::spawn(stream.for_each(|_| std::future::ready(()))));
+            }
+            (Some(disturber), _) if disturber.is_finished() => break,
+            (None, None) if waiting == 0 && timing.decoded == wanted => break,
+            _ => {}
         }
     }
+    timing.busy = executor.stage_stats().iter().zip(&stats).map(|(now, then)| now.since(then).busy_share()).collect();
     // What is still running must not take time from the next case.
     drop(events);
     while executor.memory().iter().any(|stage| stage.kv > stage.kv_retained) {

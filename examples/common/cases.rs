@@ -59,6 +59,10 @@ pub struct Timing {
     pub decoded: usize,
     /// Time between two tokens of one sequence, for each of those.
     pub steps: Vec<Duration>,
+    /// Share of its time that each stage computed, from 0 to 1.
+    pub busy: Vec<f64>,
+    /// Time between two tokens while another prompt was computed, where that was asked for.
+    pub disturbed: Vec<Duration>,
 }
 
 impl Timing {
@@ -80,6 +84,13 @@ impl Timing {
         Some(case.sequences as f64 / median.as_secs_f64().max(1e-9))
     }
 
+    /// The 99th percentile of times between two tokens, in microseconds.
+    fn p99_us(steps: &[Duration]) -> Option<u64> {
+        let mut steps = steps.to_vec();
+        steps.sort_unstable();
+        Some(steps.get((steps.len() * 99 / 100).min(steps.len().checked_sub(1)?))?.as_micros() as u64)
+    }
+
     /// One case of the JSON output.
     pub fn json(&self, case: &Case) -> serde_json::Value {
         serde_json::json!({
@@ -93,6 +104,10 @@ impl Timing {
             "prefill_tokens_per_second": self.prefill_rate(case),
             "decode_tokens_per_second": self.decode_rate(),
             "decode_median_tokens_per_second": self.median_decode_rate(case),
+            "inter_token_p99_us": Self::p99_us(&self.steps),
+            "disturbed_inter_token_p99_us": Self::p99_us(&self.disturbed),
+            "disturbed_inter_tokens": self.disturbed.len(),
+            "busy_shares": self.busy,
         })
     }
 
