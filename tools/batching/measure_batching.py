@@ -42,7 +42,9 @@ RATIOS = {
 }
 
 
-def run(binary: Path, model: str, devices: str, case: str, flags: list[str]) -> dict:
+def run(binary: Path, model: str, devices: str, case: str, flags: list[str], split: str | None) -> dict:
+    if split and devices == TWO:
+        flags = [*flags, "--split", split]
     command = [str(binary), "--model", model, "--devices", devices, "--cases", case, "--json", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode != 0:
@@ -54,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a model that the examples can load")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--split", help="layers of the two stages, such as 12,10 for TinyLlama: the head is worth 1.5")
     parser.add_argument("--binary", type=Path, default=ROOT / "target/release/examples/bench_batch")
     parser.add_argument("--json", type=Path, help="also write everything that was measured here")
     arguments = parser.parse_args()
@@ -66,7 +69,7 @@ def main() -> None:
     for round_number in range(arguments.rounds):
         for name, (devices, case, flags) in CONFIGURATIONS.items():
             print(f"round {round_number + 1}: {name}", file=sys.stderr)
-            measured[name].append(run(arguments.binary, arguments.model, devices, case, flags))
+            measured[name].append(run(arguments.binary, arguments.model, devices, case, flags, arguments.split))
 
     print(f"{Path(arguments.model).name}, {arguments.rounds} rounds, tokens/s over all sequences\n")
     print("| configuration | min | median | max | busy |\n|---|---|---|---|---|")
