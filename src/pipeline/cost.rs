@@ -34,6 +34,9 @@ const MOST_DECODE_ROWS: usize = 64;
 /// Layers that are loaded together to find what a step costs besides its layers.
 const MOST_LAYERS_AT_ONCE: usize = 4;
 
+/// Models of more bytes do not stay in a desktop's last-level cache from step to step.
+const CACHED_MODEL_BYTES: u64 = 32 << 20;
+
 /// More than the last-level caches of most processors hold. A layer alone would stay in them from one repetition to the
 /// next, which it does not when all layers of a larger model take turns.
 const CACHE_BYTES: u64 = 256 << 20;
@@ -257,7 +260,7 @@ impl Subject<'_> {
             metas.filter_map(|meta| meta.transpose()).map(|meta| Ok(meta?.bytes())).sum::<Result<u64>>()?
         };
         // Reading this between repetitions takes the layer out of the caches.
-        let eviction = match weights > CACHE_BYTES {
+        let eviction = match weights > CACHED_MODEL_BYTES {
             true => Some(Tensor::ones(CACHE_BYTES as usize / 4, DType::F32, &device.device)?),
             false => None,
         };
