@@ -14,7 +14,7 @@ use crate::device::Cpu;
 use crate::error::{Error, Result};
 use crate::kernels::attention::{AttentionRows, AttentionShape, attend};
 use crate::kernels::input::Input;
-use crate::kernels::kv::{KvType, LayerKv, Strided};
+use crate::kernels::kv::{KvType, LayerKv, MOST_DIMS, Strided};
 use crate::kernels::matrix::{Matrix, Product, multiply, needs_blocks};
 use crate::kernels::ops;
 use crate::kernels::rows::{RowsMut, each_row};
@@ -104,6 +104,13 @@ impl CpuBackend {
     /// Loads a stage tensor by tensor; `progress` hears of bytes as they arrive.
     pub fn load(source: &StageSource, cpu: &Cpu, progress: &dyn Fn(u64)) -> Result<Self> {
         let StageSource { config, layers, ropes, dense_type, kv_type, .. } = source;
+        if config.head_dim > MOST_DIMS {
+            return Err(Error::Unsupported {
+                what: "head_dim",
+                value: config.head_dim.to_string(),
+                hint: format!("CPU stages take heads of up to {MOST_DIMS} values"),
+            });
+        }
         let weights = StageWeights::load(&*source.weights, config, layers.clone(), *dense_type, cpu, progress)?;
         let stage = Stage {
             config: config.clone(),

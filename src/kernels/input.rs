@@ -10,6 +10,9 @@ pub const BLOCK: usize = 32;
 /// Values below which waking other threads costs more than it saves.
 const PARALLEL_FROM: usize = 1 << 15;
 
+/// The greatest value of a block must be above this to count.
+const SMALLEST: f32 = 127.0 * f32::MIN_POSITIVE;
+
 /// 32 columns of a row in 8 bits, with what the products need of them: one cache line.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 #[repr(C, align(64))]
@@ -121,7 +124,8 @@ impl Kernel for Quantise<'_> {
                 let (low, high) = (S::load(values.as_ptr()), S::load(values.as_ptr().add(LANES)));
                 let greatest = S::greatest(S::max(S::abs(low), S::abs(high)));
                 let scale = greatest / 127.0;
-                let inverse = S::splat(if greatest > 0.0 { 127.0 / greatest } else { 0.0 });
+                // Below that the quotient would be infinite; such values count as zeros.
+                let inverse = S::splat(if greatest > SMALLEST { 127.0 / greatest } else { 0.0 });
                 let (low, high) = (S::round(S::mul(low, inverse)), S::round(S::mul(high, inverse)));
                 let sums = [S::sum_i(low), S::sum_i(high)];
                 let block = &mut *self.to.add(b * self.step + self.first);
@@ -153,13 +157,17 @@ mod tests {
             values[..32].fill(0.0);
             values[40] = 1e30;
             values[70] = -1e-38;
+            values[96..128].fill(1e-40);
             input.quantise(&pool, isa);
             for i in 0..rows {
                 for b in 0..columns / BLOCK {
                     let block = &input.blocks()[b * rows + i];
                     let values = &input.values()[i * columns + b * BLOCK..][..BLOCK];
                     for (q, v) in block.values.iter().zip(values) {
-                        assert!((*q as f32 * block.scale - v).abs() <= block.scale * 0.5001, "{isa} {q} {v}");
+                        assert!(
+                            (*q as f32 * block.scale - v).abs() <= block.scale * 0.5001 + SMALLEST,
+                            "{isa} {q} {v}"
+                        );
                     }
                     for half in 0..2 {
                         let sum: i32 = block.values[16 * half..][..16].iter().map(|&q| q as i32).sum();

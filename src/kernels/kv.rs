@@ -20,7 +20,7 @@ pub(super) const STRIP: usize = 64;
 pub(super) const GROUP: usize = 32;
 
 /// Greatest size of a head.
-pub(super) const MOST_DIMS: usize = 512;
+pub const MOST_DIMS: usize = 512;
 
 /// How keys and values are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
