@@ -340,7 +340,7 @@ pub fn attend(pool: &Pool, isa: Isa, shape: &AttentionShape, rows: &mut [Attenti
         let run = |task: usize| {
             let task = &plan.tasks[task];
             let (sequence, split) = (&sequences[task.sequence], task.split.map(|split| &plan.splits[split]));
-            // SAFETY: `isa` is one that this CPU has. Sizes and positions are checked above. Tasks of the same queries write
+            // SAFETY: an `Isa` is one that this CPU has. Sizes and positions are checked above. Tasks of the same queries write
             // parts of their own, and nobody writes to the keys and values, which are borrowed.
             SCRATCH.with_borrow_mut(|scratch| unsafe {
                 match sequence.kv.layout.kv_type {

@@ -303,7 +303,7 @@ impl KvWriter<'_> {
             keys: (keys.values[head * head_dim..].as_ptr(), keys.stride),
             values: (values.values[head * head_dim..].as_ptr(), values.stride),
         };
-        // SAFETY: `isa` is one that this CPU has; positions and sizes are checked above; the caller leaves these positions
+        // SAFETY: an `Isa` is one that this CPU has; positions and sizes are checked above; the caller leaves these positions
         // of the head to this call.
         unsafe {
             match kv_type {

@@ -20,7 +20,7 @@ pub enum Activation {
 pub fn rms_norm(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let len = x.len();
     assert!(weight.len() == len && out.len() == len, "norm of {len} values with wrong sizes");
-    // SAFETY: `isa` is one that this CPU has; all three are `len` long.
+    // SAFETY: an `Isa` is one that this CPU has; all three are `len` long.
     unsafe { isa.run(RmsNorm { x: x.as_ptr(), weight: weight.as_ptr(), out: out.as_mut_ptr(), len, eps }) }
 }
 
@@ -71,13 +71,13 @@ pub fn rotate(isa: Isa, x: &mut [f32], cos: &[f32], sin: &[f32], interleaved: bo
     }
     let (low, high) = x.split_at_mut(pairs);
     let (low, high) = (low.as_mut_ptr(), high.as_mut_ptr());
-    // SAFETY: `isa` is one that this CPU has; all four are `pairs` long.
+    // SAFETY: an `Isa` is one that this CPU has; all four are `pairs` long.
     unsafe { isa.run(Rotate { low, high, cos: cos.as_ptr(), sin: sin.as_ptr(), pairs }) }
 }
 
 /// `x = exp(x) / sum(exp(x))`. Minus infinity becomes 0; at least one value must be finite.
 pub fn softmax(isa: Isa, x: &mut [f32]) {
-    // SAFETY: `isa` is one that this CPU has.
+    // SAFETY: an `Isa` is one that this CPU has.
     unsafe { isa.run(Softmax { x: x.as_mut_ptr(), len: x.len() }) }
 }
 
@@ -298,7 +298,7 @@ impl Map2 for GeluTanhMul {
 }
 
 fn each(isa: Isa, x: &mut [f32], map: impl Map) {
-    // SAFETY: `isa` is one that this CPU has.
+    // SAFETY: an `Isa` is one that this CPU has.
     unsafe { isa.run(Each { x: x.as_mut_ptr(), len: x.len(), map }) }
 }
 

@@ -162,11 +162,6 @@ impl Decoder {
         SequenceKv::new(&self.config, self.weights.layers.len(), capacity, self.dtype, &self.device)
     }
 
-    /// Bytes that a position takes in this run's KV.
-    pub fn kv_bytes_per_token(&self) -> u64 {
-        (self.weights.layers.len() * self.config.kv_elements_per_token() * self.dtype.size_in_bytes()) as u64
-    }
-
     /// Runs the rows of all `sequences` through the layers, writing their keys and values.
     pub fn forward(&mut self, input: Input, sequences: &mut [Rows]) -> Result<Output> {
         let mut x = match (input, &self.weights.embeddings) {
