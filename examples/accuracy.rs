@@ -25,6 +25,7 @@ use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageOutput};
+use candle_pipeline::instrument::Watch;
 use candle_pipeline::weights::WeightType;
 use candle_pipeline::{
     DEMO_MODEL, DeviceSpec, GenerationOptions, HeterogeneousPipeline, HeterogeneousPipelineExecutor, KvType,
@@ -328,7 +329,7 @@ impl Bench {
             for (position, &token) in tokens.iter().enumerate() {
                 let slice = SequenceSlice { id, position, len: 1, length: position + 1, logits: true };
                 let batch = MicroBatch { slices: vec![slice], tokens: vec![token] };
-                match backend.forward(&batch, None)? {
+                match backend.forward(&batch, None, &mut Watch::off())? {
                     StageOutput::Logits(logits) => all.extend(logits.into_iter().flatten()),
                     StageOutput::Activations(_) => bail!("a whole model gave no logits"),
                 }
