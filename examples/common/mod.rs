@@ -161,12 +161,24 @@ impl Flags {
 
     /// The same with executor options.
     pub async fn load_with(&self, options: ExecutorOptions) -> Result<HeterogeneousPipelineExecutor> {
+        self.load_planned(self.plan().await?, options).await
+    }
+
+    /// Plans the model, which reads headers only.
+    pub async fn plan(&self) -> Result<HeterogeneousPipeline> {
         let devices = DeviceSpec::parse_list(&self.devices)?;
         let plan = self.pipeline()?;
         let model = self.model.clone();
         // Planning reads files and may download, which must not hold up the runtime.
-        let pipeline =
-            tokio::task::spawn_blocking(move || HeterogeneousPipeline::with_options(&devices, &model, plan)).await??;
+        Ok(tokio::task::spawn_blocking(move || HeterogeneousPipeline::with_options(&devices, &model, plan)).await??)
+    }
+
+    /// Loads what was planned, showing it on stderr.
+    pub async fn load_planned(
+        &self,
+        pipeline: HeterogeneousPipeline,
+        options: ExecutorOptions,
+    ) -> Result<HeterogeneousPipelineExecutor> {
         if self.output_format != OutputFormat::None {
             eprint!("{pipeline}");
         }
