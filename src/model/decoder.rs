@@ -155,6 +155,11 @@ impl Decoder {
         Ok(Decoder { masks: MaskCache::new(device.clone(), dtype), ropes, device, config, dtype, weights, first })
     }
 
+    /// Keeps so many attention masks at most.
+    pub fn keep_masks(&mut self, capacity: usize) {
+        self.masks.keep(capacity);
+    }
+
     /// Bytes of the weights.
     pub fn weight_bytes(&self) -> u64 {
         self.weights.bytes
