@@ -7,6 +7,9 @@ mod baseline;
 #[allow(dead_code)]
 #[path = "../examples/profile_pipeline/events.rs"]
 mod events;
+#[allow(dead_code)]
+#[path = "../examples/common/ratio.rs"]
+mod ratio;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -141,4 +144,37 @@ fn a_baseline_of_the_same_passes_and_one_that_was_faster_does_not() {
     let (code, errors, _) = against(&file("wrong", &serde_json::json!({ "a": 1 })), &[]);
     assert_eq!(code, Some(1));
     assert!(errors.contains("wrong is not what `profile_pipeline --json` prints"), "{errors}");
+}
+
+#[test]
+fn what_tables_masks_and_warmup_gain_is_measured_without_metal_too() {
+    let arguments = ["--pairs", "2", "--loads", "1", "--devices", "cpu", "--prompt-tokens", "32", "--json"];
+    let output = json(&run("benchmark_metal_optimizations", &arguments));
+    assert!(output["cannot"][0].as_str().unwrap().contains("no Metal device"), "{output:#}");
+    let measured = output["devices"][0]["measured"].as_array().unwrap();
+    let names: Vec<_> =
+        measured.iter().map(|m| (m["what"].as_str().unwrap(), m["backend"].as_str().unwrap())).collect();
+    let tables = ("rotary tables", "cpu");
+    let candle = ("rotary tables", "candle");
+    assert_eq!(names, [tables, tables, candle, candle, ("masks", "candle"), ("warmup", "cpu")]);
+    for one in measured {
+        let ratio = |field: &str| number(one, &format!("/without_over_with/{field}"));
+        assert!(ratio("first") > 0.0 && ratio("second") > 0.0 && ratio("low") <= ratio("high"), "{one:#}");
+    }
+}
+
+#[test]
+fn overheads_are_measured_by_name() {
+    let few = ["--loads", "1", "--pairs", "2", "--tokens", "8", "--json"];
+    let output = json(&run("collector_overhead", &[&few[..], &["--only", "off,phases"]].concat()));
+    let rows = output["configurations"].as_array().unwrap();
+    let names: Vec<_> = rows.iter().map(|row| row["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["off", "phases"]);
+    for row in rows {
+        assert_eq!(number(row, "/pairs"), 2.0);
+        assert!(number(row, "/on_over_off/first") > 0.0 && number(row, "/on_over_off/ratio") > 0.0, "{row:#}");
+    }
+    let unknown = run("collector_overhead", &["--only", "everything"]);
+    assert_eq!(unknown.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&unknown.stderr).contains("there are off, events"));
 }

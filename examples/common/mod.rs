@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each example uses a part
 
 pub mod cases;
+pub mod ratio;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
