@@ -8,6 +8,9 @@ mod baseline;
 #[path = "../examples/profile_pipeline/events.rs"]
 mod events;
 #[allow(dead_code)]
+#[path = "../examples/profile_pipeline/others.rs"]
+mod others;
+#[allow(dead_code)]
 #[path = "../examples/common/ratio.rs"]
 mod ratio;
 

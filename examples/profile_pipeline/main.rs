@@ -28,6 +28,7 @@ mod baseline;
 #[path = "../common/mod.rs"]
 mod common;
 mod events;
+mod others;
 mod phases;
 mod plot;
 mod report;
@@ -45,6 +46,7 @@ use baseline::Baseline;
 use common::cases::Case;
 use common::{Flags, OutputFormat};
 use events::Log;
+use others::Others;
 use phases::{Bench, Phase, Start};
 use report::Profile;
 
@@ -113,6 +115,8 @@ impl Arguments {
         }
         let tolerance = arguments.tolerance;
         ensure!(tolerance.is_finite() && tolerance >= 0.0, "--tolerance {tolerance}: percent, at least 0");
+        let drawn = arguments.phases.iter().any(|phase| *phase != Phase::Warmup);
+        ensure!(drawn || arguments.plot.is_none(), "--plot: the warmup phase alone gives nothing to draw");
         Ok(arguments)
     }
 
@@ -161,6 +165,7 @@ async fn run() -> Result<()> {
             arguments.say(&format!("comparing all the same:\n  {all}"));
         }
     }
+    let others = Others::from_now();
     // Before this process holds the model: two of them might not fit.
     let warmup = arguments.has(Phase::Warmup).then(|| phases::warmup_effect(&arguments)).transpose()?;
     let read = report::read_bandwidths(&planned);
@@ -183,6 +188,7 @@ async fn run() -> Result<()> {
     if arguments.has(Phase::Batch) {
         profile.batch = Some(bench.batch().await?);
     }
+    profile.others = others.cores();
     match arguments.json {
         true => println!("{}", profile.json(&arguments, &executor)),
         false => print!("{}", profile.text()),
@@ -231,6 +237,7 @@ fn judge(arguments: &Arguments, baseline: &Baseline, profile: &Profile) -> Resul
     if let (Some(before), Some(now)) = (baseline.read_bandwidth, profile.read_bandwidth()) {
         text += &format!("plain read: {:.1} GB/s in the baseline, {:.1} GB/s now\n", before / 1e9, now / 1e9);
     }
+    text += &profile.disturbed();
     match arguments.json {
         true => eprint!("{text}"),
         false => print!("{text}"),

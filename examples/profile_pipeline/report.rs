@@ -19,6 +19,9 @@ use crate::phases::{Batch, Case, Run, Started, Sustained, WarmupEffect, us};
 /// Samples from which on a 99th percentile is more than the maximum under another name.
 pub const MEANINGFUL_P99: usize = 100;
 
+/// Cores that others may use before the report says so.
+const DISTURBED: f64 = 0.1;
+
 /// A distribution of times, in microseconds.
 pub struct Latencies(Histogram<u64>);
 
@@ -34,12 +37,17 @@ impl Latencies {
     /// The time that a share `quantile` of the samples does not exceed, if there are samples beyond it.
     pub fn at(&self, quantile: f64) -> Option<u64> {
         let needed = (1.0 / (1.0 - quantile)).round() as u64;
-        (self.0.len() >= needed.max(1)).then(|| self.0.value_at_quantile(quantile))
+        (self.0.len() >= needed).then(|| self.0.value_at_quantile(quantile))
     }
 
     /// How often the median fits in a second; 0 without samples.
     fn median_rate(&self) -> f64 {
         if self.0.is_empty() { 0.0 } else { 1e6 / self.0.value_at_quantile(0.50) as f64 }
+    }
+
+    /// How often the mean fits in a second.
+    fn mean_rate(&self) -> Option<f64> {
+        (!self.0.is_empty()).then(|| 1e6 / self.0.mean().max(1.0))
     }
 
     fn json(&self) -> Value {
@@ -55,8 +63,8 @@ impl Latencies {
 
     fn row(&self) -> String {
         let ms = |us: Option<u64>| us.map_or("-".to_string(), |us| format!("{:.3}", us as f64 / 1e3));
-        let mean = format!("{:.3}", self.0.mean() / 1e3);
-        let (p50, max) = (ms(Some(self.0.value_at_quantile(0.50))), ms(Some(self.0.max())));
+        let some = |us: u64| (!self.0.is_empty()).then_some(us);
+        let (mean, p50, max) = (ms(some(self.0.mean() as u64)), ms(self.at(0.50)), ms(some(self.0.max())));
         let samples = self.0.len();
         format!("{samples:>8} {mean:>9} {p50:>9} {:>9} {:>9} {max:>9}", ms(self.at(0.95)), ms(self.at(0.99)))
     }
@@ -84,7 +92,7 @@ impl Case {
 
     /// Prompt tokens a second while the prompt was computed: the median of the runs.
     fn prefill_rate(&self) -> f64 {
-        median(&self.of_runs(|run| self.input as f64 / run.first.prefill.as_secs_f64().max(1e-9)))
+        median(&self.of_runs(|run| run.input as f64 / run.first.prefill.as_secs_f64().max(1e-9)))
     }
 
     /// The run with the median time to the first token.
@@ -158,6 +166,8 @@ pub struct Profile {
     step_bytes: Vec<u64>,
     /// Bytes a second of a plain read, by number of threads.
     read: BTreeMap<usize, f64>,
+    /// Cores that something else kept busy meanwhile, where the system tells.
+    pub others: Option<f64>,
     pub warmup_effect: Option<WarmupEffect>,
     pub tokens: Vec<Case>,
     pub input: Vec<Case>,
@@ -240,6 +250,7 @@ impl Profile {
             warmed,
             step_bytes: facts.stages.iter().map(|stage| stage.step_bytes).collect(),
             read,
+            others: None,
             warmup_effect: None,
             tokens: Vec::new(),
             input: Vec::new(),
@@ -308,18 +319,20 @@ impl Profile {
             "load_us": self.load.as_micros() as u64,
             "warmup_us": self.warmed.duration.as_micros() as u64,
             "read_bandwidth": self.read_bandwidth(),
+            "others_cores": self.others,
             "quantities": self.quantities(),
         });
         if let Some(Sustained { case, total, decode, stats, .. }) = &self.sustained {
             let (ttft, itl) = (case.ttft(), case.itl());
             let output: usize = case.runs.iter().map(Run::tokens).sum();
+            let input: usize = case.runs.iter().map(|run| run.input).sum();
             let top = json!({
                 "runs": case.runs.len(),
-                "input_tokens": case.input * case.runs.len(),
+                "input_tokens": input,
                 "output_tokens": output,
                 "total_us": total.as_micros() as u64,
                 "tokens_per_second": output as f64 / total.as_secs_f64(),
-                "prefill_tokens_per_second": case.input as f64 * ttft.median_rate(),
+                "prefill_tokens_per_second": input as f64 / case.runs.len() as f64 * ttft.median_rate(),
                 "decode_tokens_per_second": itl.median_rate(),
                 "ttft": ttft.json(),
                 "itl": itl.json(),
@@ -399,7 +412,15 @@ impl Profile {
             text += &batch.text();
         }
         text += "\nA dash: too few samples for this percentile (P95 needs 20, P99 100).\n\n";
-        text + &self.summary()
+        text + &self.summary() + &self.disturbed()
+    }
+
+    /// What to think of the figures if the machine was not quiet.
+    pub fn disturbed(&self) -> String {
+        match self.others.filter(|cores| *cores >= DISTURBED) {
+            Some(cores) => format!("others kept {cores:.1} cores busy meanwhile: do not trust these times\n"),
+            None => String::new(),
+        }
     }
 
     fn sustained_text(&self, sustained: &Sustained) -> String {
@@ -417,13 +438,9 @@ impl Profile {
         let _ = writeln!(text, "{FIRST_ROWS}\n{}", case.first_row());
         let rates: Vec<String> = case.rates().iter().map(|rate| format!("{rate:.1}")).collect();
         let _ = writeln!(text, "tokens/s of each run: {}", rates.join(" "));
-        let decoded = case.itl();
-        let _ = writeln!(
-            text,
-            "{:.1} tokens/s over all, {:.1} tokens/s in decode",
-            output as f64 / total.as_secs_f64(),
-            1e6 / decoded.0.mean().max(1.0)
-        );
+        let decode_rate = case.itl().mean_rate().map_or("no".into(), |rate| format!("{rate:.1}"));
+        let rate = output as f64 / total.as_secs_f64();
+        let _ = writeln!(text, "{rate:.1} tokens/s over all, {decode_rate} tokens/s in decode");
         text += "stage  device             busy  per token, us: compute    wait    copy   queue  MB/step    GB/s  of read\n";
         for (index, (row, stats)) in self.stage_rows(decode).zip(stats).enumerate() {
             let _ = writeln!(text, "{index:<5}  {}", row.text(stats.busy_share()));
@@ -465,8 +482,11 @@ impl Profile {
                 median(&rates)
             );
             let itl = case.itl();
-            let percentile = |q| itl.at(q).map_or("too few samples".into(), |us| format!("{:.3} ms", us as f64 / 1e3));
-            let _ = writeln!(text, "Inter-token latency: P50 {}, P99 {}", percentile(0.5), percentile(0.99));
+            if let Some(p50) = itl.at(0.50) {
+                let ms = |us: u64| format!("{:.3} ms", us as f64 / 1e3);
+                let p99 = itl.at(0.99).map_or("unknown from so few samples".into(), ms);
+                let _ = writeln!(text, "Inter-token latency: P50 {}, P99 {p99}", ms(p50));
+            }
             let busy: Vec<String> = stats.iter().map(|stats| format!("{:.0} %", 100.0 * stats.busy_share())).collect();
             let _ = writeln!(text, "Stages busy, one sequence: {}", busy.join(", "));
             if let Some(share) = self.bandwidth_share(decode) {
