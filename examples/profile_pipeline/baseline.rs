@@ -9,8 +9,9 @@
 //! now and then are found to be a fifth slower in 19 of 20 comparisons of ten runs each, at the default tolerance.
 //!
 //! What it cannot see: that the machine itself was slower as a whole between the two, by its clock, by others who used
-//! it, or by where the system put the pages. That is what the tolerance is for, and why the plain read bandwidth of both
-//! is shown. With few runs no result could be told from chance; such quantities are named, and a comparison in which all
+//! it, or by where the system put the pages. That is what the tolerance is for, why cases run in rounds rather than one
+//! after the other, and why the plain read bandwidth of both and the cores that others used are shown. On a machine that
+//! others use the test alarms for their doing. With few runs no result could be told from chance; such quantities are named, and a comparison in which all
 //! are like that is an error.
 
 use std::collections::BTreeMap;
@@ -41,6 +42,8 @@ pub struct Baseline {
     pub quantities: Quantities,
     /// Bytes a second of a plain read at the time, where it was measured.
     pub read_bandwidth: Option<f64>,
+    /// Cores that something else kept busy meanwhile, where the system told.
+    pub others_cores: Option<f64>,
 }
 
 impl Baseline {
@@ -68,7 +71,12 @@ impl Baseline {
                 .insert(name.clone(), values.with_context(|| format!("quantities.{name} is not a list of times"))?);
         }
         ensure!(!quantities.is_empty(), "its `quantities` are empty");
-        Ok(Baseline { identity, quantities, read_bandwidth: json["read_bandwidth"].as_f64() })
+        Ok(Baseline {
+            identity,
+            quantities,
+            read_bandwidth: json["read_bandwidth"].as_f64(),
+            others_cores: json["others_cores"].as_f64(),
+        })
     }
 
     /// What differs between the two, one line each.

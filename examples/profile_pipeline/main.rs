@@ -237,6 +237,9 @@ fn judge(arguments: &Arguments, baseline: &Baseline, profile: &Profile) -> Resul
     if let (Some(before), Some(now)) = (baseline.read_bandwidth, profile.read_bandwidth()) {
         text += &format!("plain read: {:.1} GB/s in the baseline, {:.1} GB/s now\n", before / 1e9, now / 1e9);
     }
+    if let Some(cores) = baseline.others_cores.filter(|cores| *cores >= report::DISTURBED) {
+        text += &format!("others kept {cores:.1} cores busy during the baseline\n");
+    }
     text += &profile.disturbed();
     match arguments.json {
         true => eprint!("{text}"),
@@ -247,6 +250,8 @@ fn judge(arguments: &Arguments, baseline: &Baseline, profile: &Profile) -> Resul
         .into_iter()
         .map(|regression| format!("{} by {:.1} %", regression.name, regression.percent()))
         .collect();
-    ensure!(slower.is_empty(), "slower than the baseline: {}", slower.join(", "));
+    let disturbed = profile.disturbed();
+    let quiet = if disturbed.is_empty() { "" } else { "; measure again on a quiet machine" };
+    ensure!(slower.is_empty(), "slower than the baseline: {}{quiet}", slower.join(", "));
     Ok(())
 }

@@ -187,12 +187,21 @@ impl Bench<'_> {
         }
     }
 
-    async fn case(&self, prompt: &[u32], tokens: usize, runs: usize) -> Result<Case> {
-        let mut case = Case { input: prompt.len(), output: tokens, runs: Vec::with_capacity(runs) };
-        for _ in 0..runs {
-            case.runs.extend(self.at_once(&[prompt.to_vec()], tokens).await?.0);
+    /// Runs several cases in rounds, each once a round as long as it has runs left: a slow spell of the machine then falls
+    /// on all of them, and shows in each as what it is, noise.
+    async fn in_rounds(&self, wanted: Vec<(Vec<u32>, usize)>) -> Result<Vec<Case>> {
+        let case =
+            |(prompt, tokens): &(Vec<u32>, usize)| Case { input: prompt.len(), output: *tokens, runs: Vec::new() };
+        let mut cases: Vec<Case> = wanted.iter().map(case).collect();
+        let rounds = wanted.iter().map(|(_, tokens)| self.runs(*tokens)).max().unwrap_or(0);
+        for round in 0..rounds {
+            for (case, (prompt, tokens)) in cases.iter_mut().zip(&wanted) {
+                if round < self.runs(*tokens) {
+                    case.runs.extend(self.at_once(std::slice::from_ref(prompt), *tokens).await?.0);
+                }
+            }
         }
-        Ok(case)
+        Ok(cases)
     }
 
     /// Tokens that there is room for behind a prompt, `wanted` at most; says so where they are fewer.
@@ -207,28 +216,20 @@ impl Bench<'_> {
 
     /// Numbers of generated tokens, with the first prompt.
     pub async fn token_counts(&self) -> Result<Vec<Case>> {
-        let mut cases = Vec::new();
         let prompt = &self.prompts[0];
-        for &tokens in &self.arguments.token_counts {
-            if self.room(prompt.len(), tokens) == tokens {
-                self.arguments.say(&format!("{tokens} tokens"));
-                cases.push(self.case(prompt, tokens, self.runs(tokens)).await?);
-            }
-        }
-        Ok(cases)
+        let fits = |tokens: &usize| self.room(prompt.len(), *tokens) == *tokens;
+        let counts: Vec<usize> = self.arguments.token_counts.iter().copied().filter(fits).collect();
+        self.arguments.say(&format!("{counts:?} generated tokens"));
+        self.in_rounds(counts.into_iter().map(|tokens| (prompt.clone(), tokens)).collect()).await
     }
 
     /// Prompts of several lengths: the first one's tokens, over and over.
     pub async fn input_lengths(&self) -> Result<Vec<Case>> {
-        let mut cases = Vec::new();
-        for &length in &self.arguments.input_lengths {
-            if self.room(length, INPUT_TOKENS) == INPUT_TOKENS {
-                self.arguments.say(&format!("a prompt of {length} tokens"));
-                let prompt: Vec<u32> = self.prompts[0].iter().copied().cycle().take(length).collect();
-                cases.push(self.case(&prompt, INPUT_TOKENS, self.runs(INPUT_TOKENS)).await?);
-            }
-        }
-        Ok(cases)
+        let fits = |length: &usize| self.room(*length, INPUT_TOKENS) == INPUT_TOKENS;
+        let lengths: Vec<usize> = self.arguments.input_lengths.iter().copied().filter(fits).collect();
+        self.arguments.say(&format!("prompts of {lengths:?} tokens"));
+        let prompt = |length| self.prompts[0].iter().copied().cycle().take(length).collect();
+        self.in_rounds(lengths.into_iter().map(|length| (prompt(length), INPUT_TOKENS)).collect()).await
     }
 
     /// The same requests again and again.

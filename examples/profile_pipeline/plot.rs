@@ -88,6 +88,9 @@ fn ms_label(ms: &f64) -> String {
     format!("{}", (ms * 1e6).round() / 1e6)
 }
 
+/// Times that differ by more than this factor are shown on a logarithmic scale.
+const SPREAD: f64 = 10.0;
+
 /// Each token's time since the one before: the median of the runs, and where the middle nine tenths of them lie.
 fn latency_over_tokens(area: &Area, case: &Case) -> Result<()> {
     let of_token = |index: usize| -> Vec<f64> {
@@ -95,21 +98,37 @@ fn latency_over_tokens(area: &Area, case: &Case) -> Result<()> {
         times.sort_by(f64::total_cmp);
         times
     };
-    let tokens: Vec<(f64, Vec<f64>)> = (0..case.output - 1)
-        .map(|index| ((index + 2) as f64, of_token(index)))
-        .filter(|(_, t)| !t.is_empty())
-        .collect();
+    let tokens = (0..case.output - 1).map(|index| (index + 2, of_token(index)));
+    let tokens: Vec<(usize, Vec<f64>)> = tokens.filter(|(_, times)| !times.is_empty()).collect();
     let at = |times: &[f64], share: f64| times[((times.len() - 1) as f64 * share).round() as usize];
-    let band = |share: f64| tokens.iter().map(move |(token, times)| (*token, at(times, share)));
-    let most = band(0.95).map(|(_, ms)| ms).fold(1e-3, f64::max);
-    let least = band(0.05).map(|(_, ms)| ms).fold(most, f64::min).max(1e-3);
+    let quantile = |share| tokens.iter().map(|(token, times)| (*token as f64, at(times, share))).collect::<Vec<_>>();
+    let quantiles = [quantile(0.05), quantile(0.5), quantile(0.95)];
     let title = format!("Time between tokens of {} runs: median, and P5 to P95 of each token", case.runs.len());
+    let most = quantiles[2].iter().map(|(_, ms)| *ms).fold(1e-3, f64::max);
+    let least = quantiles[0].iter().map(|(_, ms)| *ms).fold(most, f64::min).max(1e-3);
+    match most > least * SPREAD {
+        true => band(area, &title, quantiles, (least / 1.5..most * 1.5).log_scale()),
+        false => band(area, &title, quantiles, ms_range(most)),
+    }
+}
+
+/// A line, and the area between one below it and one above.
+fn band<Y>(
+    area: &Area,
+    title: &str,
+    [below, middle, above]: [Vec<(f64, f64)>; 3],
+    ms: impl AsRangedCoord<CoordDescType = Y, Value = f64>,
+) -> Result<()>
+where
+    Y: Ranged<ValueType = f64> + ValueFormatter<f64>,
+{
+    let last = middle.last().map_or(0.0, |(token, _)| *token);
     let mut chart = ChartBuilder::on(area)
         .caption(title, (FONT, 18))
         .margin(12)
         .x_label_area_size(40)
         .y_label_area_size(64)
-        .build_cartesian_2d(1.0..case.output as f64 + 1.0, (least / 1.5..most * 1.5).log_scale())
+        .build_cartesian_2d(1.0..last + 1.0, ms)
         .map_err(failed)?;
     chart
         .configure_mesh()
@@ -120,33 +139,44 @@ fn latency_over_tokens(area: &Area, case: &Case) -> Result<()> {
         .y_label_formatter(&ms_label)
         .draw()
         .map_err(failed)?;
-    let mut outline: Vec<(f64, f64)> = band(0.95).collect();
-    let mut below: Vec<(f64, f64)> = band(0.05).collect();
-    below.reverse();
-    outline.extend(below);
+    let outline: Vec<(f64, f64)> = above.into_iter().chain(below.into_iter().rev()).collect();
     chart.draw_series([Polygon::new(outline, BLUE.mix(0.2))]).map_err(failed)?;
-    chart.draw_series(LineSeries::new(band(0.5), BLUE.stroke_width(2))).map_err(failed)?;
+    chart.draw_series(LineSeries::new(middle, BLUE.stroke_width(2))).map_err(failed)?;
     Ok(())
 }
 
-/// P50, P95 and P99 of the time between tokens, side by side for each case, on a logarithmic scale.
+/// P50, P95 and P99 of the time between tokens, side by side for each case.
 fn percentiles(area: &Area, cases: &[(String, &Case)]) -> Result<()> {
-    let quantiles = [(0.50, "P50", BLUE), (0.95, "P95", ORANGE), (0.99, "P99", RED)];
-    let value = |case: &Case, quantile: f64| case.itl().at(quantile).map(|us| us.max(1) as f64 / 1e3);
-    let values =
-        cases.iter().flat_map(|(_, case)| quantiles.iter().filter_map(|(quantile, ..)| value(case, *quantile)));
-    let (least, most) = values.fold((f64::MAX, 1e-3), |(least, most), ms| (ms.min(least), ms.max(most)));
-    let least = least.min(most) / 2.0;
-    let name = |place: usize| cases.get(place).map_or(String::new(), |(name, _)| name.clone());
-    let range = (least..most * 6.0).log_scale(); // room for the legend
-    let mut chart = bars(area, "Time between tokens by case", cases.len(), range, least, &name)?;
-    for (index, (quantile, name, colour)) in quantiles.into_iter().enumerate() {
+    let ms = |case: &Case, quantile| case.itl().at(quantile).map(|us| us.max(1) as f64 / 1e3);
+    let cases: Vec<(&str, [Option<f64>; 3])> =
+        cases.iter().map(|(name, case)| (name.as_str(), [0.50, 0.95, 0.99].map(|q| ms(case, q)))).collect();
+    let all = cases.iter().flat_map(|(_, values)| values.iter().flatten().copied());
+    let (least, most) = all.fold((f64::MAX, 1e-3), |(least, most), ms| (ms.min(least), ms.max(most)));
+    let least = least.min(most);
+    // Above the bars there is room for the legend.
+    match most > least * SPREAD {
+        true => percentile_bars(area, &cases, (least / 2.0..most * 6.0).log_scale(), least / 2.0),
+        false => percentile_bars(area, &cases, 0.0..most * 1.4, 0.0),
+    }
+}
+
+fn percentile_bars<Y>(
+    area: &Area,
+    cases: &[(&str, [Option<f64>; 3])],
+    ms: impl AsRangedCoord<CoordDescType = Y, Value = f64>,
+    bottom: f64,
+) -> Result<()>
+where
+    Y: Ranged<ValueType = f64> + ValueFormatter<f64>,
+{
+    let name = |place: usize| cases.get(place).map_or(String::new(), |(name, _)| name.to_string());
+    let mut chart = bars(area, "Time between tokens by case", cases.len(), ms, bottom, &name)?;
+    for (index, (name, colour)) in [("P50", BLUE), ("P95", ORANGE), ("P99", RED)].into_iter().enumerate() {
         let bar = |place: usize, ms: f64| {
             let left = place as f64 + 0.14 + 0.24 * index as f64;
-            Rectangle::new([(left, least), (left + 0.22, ms)], colour.filled())
+            Rectangle::new([(left, bottom), (left + 0.22, ms)], colour.filled())
         };
-        let cases = cases.iter().enumerate();
-        let drawn = cases.filter_map(|(place, (_, case))| Some(bar(place, value(case, quantile)?)));
+        let drawn = cases.iter().enumerate().filter_map(|(place, (_, values))| Some(bar(place, values[index]?)));
         named(&mut chart, name, colour, drawn)?;
     }
     legend(&mut chart, SeriesLabelPosition::UpperLeft)

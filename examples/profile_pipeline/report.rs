@@ -20,7 +20,7 @@ use crate::phases::{Batch, Case, Run, Started, Sustained, WarmupEffect, us};
 pub const MEANINGFUL_P99: usize = 100;
 
 /// Cores that others may use before the report says so.
-const DISTURBED: f64 = 0.1;
+pub const DISTURBED: f64 = 0.1;
 
 /// A distribution of times, in microseconds.
 pub struct Latencies(Histogram<u64>);
