@@ -43,7 +43,7 @@ struct Arguments {
     #[arg(long, default_value_t = 30)]
     pairs: usize,
     /// Pairs of executors that are loaded for the warmup.
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 10)]
     loads: usize,
     /// Prompt tokens; fewer where the context is shorter.
     #[arg(long, default_value_t = 256)]

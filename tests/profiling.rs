@@ -151,7 +151,7 @@ fn a_baseline_of_the_same_passes_and_one_that_was_faster_does_not() {
 
 #[test]
 fn what_tables_masks_and_warmup_gain_is_measured_without_metal_too() {
-    let arguments = ["--pairs", "2", "--loads", "1", "--devices", "cpu", "--prompt-tokens", "32", "--json"];
+    let arguments = ["--pairs", "6", "--loads", "1", "--devices", "cpu", "--prompt-tokens", "32", "--json"];
     let output = json(&run("benchmark_metal_optimizations", &arguments));
     assert!(output["cannot"][0].as_str().unwrap().contains("no Metal device"), "{output:#}");
     let measured = output["devices"][0]["measured"].as_array().unwrap();
@@ -162,7 +162,10 @@ fn what_tables_masks_and_warmup_gain_is_measured_without_metal_too() {
     assert_eq!(names, [tables, tables, candle, candle, ("masks", "candle"), ("warmup", "cpu")]);
     for one in measured {
         let ratio = |field: &str| number(one, &format!("/without_over_with/{field}"));
-        assert!(ratio("first") > 0.0 && ratio("second") > 0.0 && ratio("low") <= ratio("high"), "{one:#}");
+        assert!(ratio("first") > 0.0 && ratio("second") > 0.0, "{one:#}");
+        let interval = &one["without_over_with"]["interval"];
+        assert_eq!(interval.is_null(), one["what"] == "warmup", "one pair has none");
+        assert!(interval.is_null() || interval[0].as_f64() <= interval[1].as_f64(), "{one:#}");
     }
 }
 

@@ -11,11 +11,13 @@ pub struct Ratio {
     pub second: f64,
     /// The first over the second.
     pub ratio: f64,
-    /// The ratio lies between this...
-    pub low: f64,
-    /// ...and this in 95 of 100 such measurements, as far as the pairs tell (bootstrap, percentile method).
-    pub high: f64,
+    /// Between which the ratio lies in 95 of 100 such measurements, as far as the pairs tell (bootstrap, percentile
+    /// method); `None` where they are too few to tell.
+    pub interval: Option<(f64, f64)>,
 }
+
+/// With fewer pairs those drawn anew are too often the same ones, and the interval too narrow.
+const LEAST_PAIRS: usize = 6;
 
 /// Times that pairs are drawn anew.
 const DRAWS: usize = 2000;
@@ -34,15 +36,19 @@ impl Ratio {
             })
             .collect();
         drawn.sort_by(f64::total_cmp);
-        let (low, high) = (quantile(drawn.clone(), 0.025), quantile(drawn, 0.975));
+        let interval = (pairs.len() >= LEAST_PAIRS).then(|| (quantile(drawn.clone(), 0.025), quantile(drawn, 0.975)));
         let (first, second) = (quantile(first, 0.5), quantile(second, 0.5));
-        Ratio { first, second, ratio: first / second, low, high }
+        Ratio { first, second, ratio: first / second, interval }
     }
 
     /// As a change in percent, with its interval.
     pub fn percent(&self) -> String {
         let percent = |ratio: f64| 100.0 * (ratio - 1.0);
-        format!("{:+.1} % ({:+.1} to {:+.1})", percent(self.ratio), percent(self.low), percent(self.high))
+        let interval = match self.interval {
+            Some((low, high)) => format!("{:+.1} to {:+.1}", percent(low), percent(high)),
+            None => "too few pairs for an interval".into(),
+        };
+        format!("{:+.1} % ({interval})", percent(self.ratio))
     }
 }
 
@@ -75,10 +81,12 @@ mod tests {
         let held = (0..200).filter(|_| {
             let ratio = Ratio::of(&pairs(random, 1.1));
             assert!((ratio.ratio - 1.1).abs() < 0.1, "{ratio:?}");
-            (ratio.low..=ratio.high).contains(&1.1)
+            ratio.interval.is_some_and(|(low, high)| low <= 1.1 && 1.1 <= high)
         });
         // 190 are expected.
         assert!(held.count() >= 176);
+        let few = Ratio::of(&pairs(random, 1.1)[..5]);
+        assert!(few.interval.is_none() && few.percent().contains("too few"));
     }
 
     #[test]
