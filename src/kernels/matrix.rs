@@ -8,17 +8,19 @@
 use half::{bf16, f16};
 
 use super::buffer::Buffer;
-use super::formats::{Format, Offset, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, SUB, VECTOR};
+use super::formats::{Format, Offset, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, SUB, Scales, VECTOR};
 use super::input::{Input, InputBlock};
 use super::pool::Pool;
 use super::simd::{Isa, Kernel, LANES, Simd};
+#[cfg(target_arch = "x86_64")]
+use super::tiles;
 use crate::weights::WeightType;
 
 /// Multiplications below which waking other threads costs more than it saves.
 const PARALLEL_FROM: usize = 1 << 15;
 
 /// Inputs that a group is multiplied with at a time: their 8-bit blocks, a cache line each, stay in a core's caches.
-const INPUT_TILE: usize = 128;
+pub(super) const INPUT_TILE: usize = 128;
 
 /// Parts that a thread's share of a product is handed out in, so that a thread that is held up holds up little.
 const PARTS: usize = 6;
@@ -222,6 +224,12 @@ impl Task<'_> {
                     k: *k,
                     format: std::marker::PhantomData,
                 };
+                #[cfg(target_arch = "x86_64")]
+                if self.isa.has_tiles() && kernel.tile >= tiles::FROM {
+                    // SAFETY: the CPU has tiles; else as below.
+                    unsafe { tiles::run(&kernel) };
+                    continue;
+                }
                 // SAFETY: `multiply` has checked the sizes; no other task has these groups.
                 unsafe { self.isa.run(kernel) }
             }
@@ -273,7 +281,7 @@ fn interleave<const SIZE: usize>(row: &[u8], lane: usize, packed: &mut [u8]) {
 
 /// Writes a group's results for one input, leaving out the rows of zeros behind the last.
 #[inline(always)]
-unsafe fn put<S: Simd>(results: S::F, out: *mut f32, row: usize, n: usize) {
+pub(super) unsafe fn put<S: Simd>(results: S::F, out: *mut f32, row: usize, n: usize) {
     // SAFETY: `out` has `n` values from here on; a whole vector is written only where it fits.
     unsafe {
         if row + LANES <= n {
@@ -287,18 +295,18 @@ unsafe fn put<S: Simd>(results: S::F, out: *mut f32, row: usize, n: usize) {
 }
 
 /// Groups of a quantised matrix with inputs `start..start + tile` of `m`.
-struct Quantised<'a, F> {
-    weights: *const u8,
-    input: &'a [InputBlock],
-    m: usize,
-    start: usize,
-    tile: usize,
-    out: *mut f32,
-    first: usize,
-    count: usize,
-    n: usize,
-    k: usize,
-    format: std::marker::PhantomData<F>,
+pub(super) struct Quantised<'a, F> {
+    pub weights: *const u8,
+    pub input: &'a [InputBlock],
+    pub m: usize,
+    pub start: usize,
+    pub tile: usize,
+    pub out: *mut f32,
+    pub first: usize,
+    pub count: usize,
+    pub n: usize,
+    pub k: usize,
+    pub format: std::marker::PhantomData<F>,
 }
 
 impl<F: Format> Kernel for Quantised<'_, F> {
@@ -354,44 +362,67 @@ unsafe fn multiply_sub<S: Simd, F: Format>(
             let x = &*inputs.add(i);
             let values = x.values.as_ptr();
             let mut acc = S::load(sum.as_ptr());
-            let unit = S::splat(x.scale);
-            let start = |half: usize| -> i32 {
-                let total = if F::HALVES { x.sums[half] } else { x.sums[0].wrapping_add(x.sums[1]) };
-                // An infinite input has no sum worth the name; its scale carries it to the result.
-                match F::OFFSET {
-                    Offset::Fixed(offset) => total.wrapping_mul(-offset),
-                    Offset::Signed => total.wrapping_mul(-S::I8_OFFSET),
-                }
-            };
+            let start = |half| S::splat_i(start::<F>(x, half, S::I8_OFFSET));
+            let mut dots = [start(0); 2];
             if F::HALVES {
-                let mut low = S::splat_i(start(0));
-                let mut high = S::splat_i(start(1));
+                dots[1] = start(1);
                 for j in 0..4 {
-                    low = S::dot_u7(low, w[j], values.add(4 * j));
-                    high = S::dot_u7(high, w[j + 4], values.add(4 * (j + 4)));
+                    dots[0] = S::dot_u7(dots[0], w[j], values.add(4 * j));
+                    dots[1] = S::dot_u7(dots[1], w[j + 4], values.add(4 * (j + 4)));
                 }
-                acc = S::fma(S::to_f32(low), S::mul(scales.scale[0], unit), acc);
-                acc = S::fma(S::to_f32(high), S::mul(scales.scale[1], unit), acc);
             } else {
-                let mut dots = S::splat_i(start(0));
                 for j in 0..8 {
-                    dots = match F::OFFSET {
-                        Offset::Fixed(_) => S::dot_u7(dots, w[j], values.add(4 * j)),
-                        Offset::Signed => S::dot_i8(dots, w[j], values.add(4 * j)),
+                    dots[0] = match F::OFFSET {
+                        Offset::Fixed(_) => S::dot_u7(dots[0], w[j], values.add(4 * j)),
+                        Offset::Signed => S::dot_i8(dots[0], w[j], values.add(4 * j)),
                     };
                 }
-                acc = S::fma(S::to_f32(dots), S::mul(scales.scale[0], unit), acc);
             }
-            if F::MINIMA {
-                if F::HALVES {
-                    acc = S::fma(scales.min[0], S::splat(-x.scaled_sums[0]), acc);
-                    acc = S::fma(scales.min[1], S::splat(-x.scaled_sums[1]), acc);
-                } else {
-                    acc = S::fma(scales.min[0], S::splat(-(x.scaled_sums[0] + x.scaled_sums[1])), acc);
-                }
-            }
+            acc = add_sub::<S, F>(acc, dots, x, &scales);
             S::store(sum.as_mut_ptr(), acc);
         }
+    }
+}
+
+/// What the dot products of 32 columns with an input, or of one half of them, begin with, so that they end lowered by the
+/// format's offset. `signed` is what the instruction adds to signed weights.
+#[inline(always)]
+pub(super) fn start<F: Format>(x: &InputBlock, half: usize, signed: i32) -> i32 {
+    let total = if F::HALVES { x.sums[half] } else { x.sums[0].wrapping_add(x.sums[1]) };
+    // An infinite input has no sum worth the name; its scale carries it to the result.
+    match F::OFFSET {
+        Offset::Fixed(offset) => total.wrapping_mul(-offset),
+        Offset::Signed => total.wrapping_mul(-signed),
+    }
+}
+
+/// Adds what 32 columns give, from their dot products: one of all, or one of each half.
+///
+/// # Safety
+/// As [`Simd`].
+#[inline(always)]
+pub(super) unsafe fn add_sub<S: Simd, F: Format>(
+    mut acc: S::F,
+    dots: [S::I; 2],
+    x: &InputBlock,
+    scales: &Scales<S>,
+) -> S::F {
+    // SAFETY: this function's condition.
+    unsafe {
+        let unit = S::splat(x.scale);
+        acc = S::fma(S::to_f32(dots[0]), S::mul(scales.scale[0], unit), acc);
+        if F::HALVES {
+            acc = S::fma(S::to_f32(dots[1]), S::mul(scales.scale[1], unit), acc);
+        }
+        if F::MINIMA {
+            if F::HALVES {
+                acc = S::fma(scales.min[0], S::splat(-x.scaled_sums[0]), acc);
+                acc = S::fma(scales.min[1], S::splat(-x.scaled_sums[1]), acc);
+            } else {
+                acc = S::fma(scales.min[0], S::splat(-(x.scaled_sums[0] + x.scaled_sums[1])), acc);
+            }
+        }
+        acc
     }
 }
 
@@ -409,7 +440,7 @@ struct Dense {
 }
 
 /// How far ahead of the columns in hand weights are asked for, in bytes.
-const AHEAD: usize = 2048;
+pub(super) const AHEAD: usize = 2048;
 
 /// Inputs that a tile of dense groups is multiplied with at a time.
 const DENSE_INPUTS: usize = 6;

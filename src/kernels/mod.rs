@@ -6,6 +6,7 @@
 //! - [`formats`]: how quantised types are packed;
 //! - [`input`]: the inputs of a product, in f32 and in 8 bits;
 //! - [`matrix`]: packed matrices and their products;
+//! - `tiles`: the same products on AMX;
 //! - [`rows`]: the rows of a step over threads;
 //! - [`ops`]: norms, rotation, activations;
 //! - [`kv`]: keys and values of a sequence;
@@ -21,6 +22,8 @@ pub mod buffer;
 pub mod formats;
 pub mod input;
 pub mod matrix;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 pub mod rows;
 pub mod ops;
 pub mod kv;
