@@ -231,7 +231,12 @@ impl Task<'_> {
                     continue;
                 }
                 // SAFETY: `multiply` has checked the sizes; no other task has these groups.
-                unsafe { self.isa.run(kernel) }
+                unsafe {
+                    match kernel.tile < PAIRED_FROM {
+                        true => self.isa.run(kernel),
+                        false => self.isa.run(Paired(kernel)),
+                    }
+                }
             }
         }, dense => {
             let kernel = Dense {
@@ -314,72 +319,115 @@ impl<F: Format> Kernel for Quantised<'_, F> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let group_bytes = self.k / F::COLUMNS * F::PACKED;
-        let mut sums = [[0f32; LANES]; INPUT_TILE];
+        let mut sums = [[[0f32; LANES]; 1]; INPUT_TILE];
         for group in 0..self.count {
-            // SAFETY: the group lies within the weights; block `b` of input `i` lies at `b * m + i`.
-            unsafe {
-                let weights = self.weights.add(group * group_bytes);
-                sums[..self.tile].fill([0.0; LANES]);
-                for super_block in 0..self.k / F::COLUMNS {
-                    let block = weights.add(super_block * F::PACKED);
-                    for sub in 0..F::COLUMNS / SUB {
-                        let column_block = super_block * (F::COLUMNS / SUB) + sub;
-                        let inputs = self.input.as_ptr().add(column_block * self.m + self.start);
-                        multiply_sub::<S, F>(block, sub, inputs, &mut sums[..self.tile]);
-                    }
+            // SAFETY: the group is there.
+            unsafe { self.run_groups::<S, 1>(group, &mut sums) }
+        }
+    }
+}
+
+/// The same for several inputs: where the registers hold the weights of two groups, an input's values are loaded once for
+/// both. A kernel of its own, since one text for both makes the compiler spare on a single input.
+struct Paired<'a, F>(Quantised<'a, F>);
+
+/// Inputs from which two groups at a time are faster. With fewer, what counts is that memory is read in its order.
+const PAIRED_FROM: usize = 3;
+
+impl<F: Format> Kernel for Paired<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let pairs = if S::REGISTERS >= 32 { self.0.count / 2 } else { 0 };
+        let mut sums = [[[0f32; LANES]; 2]; INPUT_TILE];
+        for pair in 0..pairs {
+            // SAFETY: the groups are there.
+            unsafe { self.0.run_groups::<S, 2>(2 * pair, &mut sums) }
+        }
+        let mut sums = [[[0f32; LANES]; 1]; INPUT_TILE];
+        for group in 2 * pairs..self.0.count {
+            // SAFETY: as above.
+            unsafe { self.0.run_groups::<S, 1>(group, &mut sums) }
+        }
+    }
+}
+
+impl<F: Format> Quantised<'_, F> {
+    /// `G` groups side by side, from `group` on. `sums` is room for those of the inputs.
+    #[inline(always)]
+    unsafe fn run_groups<S: Simd, const G: usize>(&self, group: usize, sums: &mut [[[f32; LANES]; G]; INPUT_TILE]) {
+        let group_bytes = self.k / F::COLUMNS * F::PACKED;
+        // SAFETY: the groups lie within the weights; block `b` of input `i` lies at `b * m + i`.
+        unsafe {
+            let weights = self.weights.add(group * group_bytes);
+            sums[..self.tile].fill([[0.0; LANES]; G]);
+            for super_block in 0..self.k / F::COLUMNS {
+                let mut blocks = [weights.add(super_block * F::PACKED); G];
+                for g in 1..G {
+                    blocks[g] = blocks[0].add(g * group_bytes);
                 }
-                for (i, sums) in sums[..self.tile].iter().enumerate() {
-                    let out = self.out.add((self.start + i) * self.n);
-                    put::<S>(S::load(sums.as_ptr()), out, (self.first + group) * LANES, self.n);
+                for sub in 0..F::COLUMNS / SUB {
+                    let column_block = super_block * (F::COLUMNS / SUB) + sub;
+                    let inputs = self.input.as_ptr().add(column_block * self.m + self.start);
+                    multiply_sub::<S, F, G>(blocks, sub, inputs, &mut sums[..self.tile]);
+                }
+            }
+            for (i, sums) in sums[..self.tile].iter().enumerate() {
+                let out = self.out.add((self.start + i) * self.n);
+                for g in 0..G {
+                    put::<S>(S::load(sums[g].as_ptr()), out, (self.first + group + g) * LANES, self.n);
                 }
             }
         }
     }
 }
 
-/// 32 columns of a group with all inputs of the tile.
+/// 32 columns of `G` groups with all inputs of the tile.
 #[inline(always)]
-unsafe fn multiply_sub<S: Simd, F: Format>(
-    block: *const u8,
+unsafe fn multiply_sub<S: Simd, F: Format, const G: usize>(
+    blocks: [*const u8; G],
     sub: usize,
     inputs: *const InputBlock,
-    sums: &mut [[f32; LANES]],
+    sums: &mut [[[f32; LANES]; G]],
 ) {
-    // SAFETY: `inputs` has as many blocks as `sums`; the block is whole.
+    // SAFETY: `inputs` has as many blocks as `sums`; the blocks are whole.
     unsafe {
-        // Between two columns' weights there is time for the next ones to arrive, if they are asked for: the hardware's
-        // own prefetcher does so only while loads follow each other closely, as with one input.
-        if sums.len() > 1 {
-            let ahead = block.wrapping_add(sub * F::SUB_BYTES + AHEAD);
+        // The hardware's own prefetcher keeps up neither with the pauses between two columns' weights while several inputs
+        // are multiplied, nor, with one, with how much has to be under way at once.
+        let distance = if sums.len() < PAIRED_FROM { FAR_AHEAD } else { AHEAD };
+        for block in blocks {
+            let ahead = block.wrapping_add(sub * F::SUB_BYTES + distance);
             for line in (0..F::SUB_BYTES).step_by(VECTOR) {
                 S::prefetch(ahead.wrapping_add(line));
             }
         }
-        let scales = F::scales::<S>(block, sub);
-        let w = F::weights::<S>(block, sub);
-        for (i, sum) in sums.iter_mut().enumerate() {
+        // No `map`: a closure of it would not be compiled for the instruction set.
+        let mut scales = [F::scales::<S>(blocks[0], sub); G];
+        let mut w = [F::weights::<S>(blocks[0], sub); G];
+        for g in 1..G {
+            scales[g] = F::scales::<S>(blocks[g], sub);
+            w[g] = F::weights::<S>(blocks[g], sub);
+        }
+        for (i, sums) in sums.iter_mut().enumerate() {
             let x = &*inputs.add(i);
             let values = x.values.as_ptr();
-            let mut acc = S::load(sum.as_ptr());
-            let start = |half| S::splat_i(start::<F>(x, half, S::I8_OFFSET));
-            let mut dots = [start(0); 2];
-            if F::HALVES {
-                dots[1] = start(1);
-                for j in 0..4 {
-                    dots[0] = S::dot_u7(dots[0], w[j], values.add(4 * j));
-                    dots[1] = S::dot_u7(dots[1], w[j + 4], values.add(4 * (j + 4)));
-                }
-            } else {
-                for j in 0..8 {
-                    dots[0] = match F::OFFSET {
-                        Offset::Fixed(_) => S::dot_u7(dots[0], w[j], values.add(4 * j)),
-                        Offset::Signed => S::dot_i8(dots[0], w[j], values.add(4 * j)),
+            let first = S::splat_i(start::<F>(x, 0, S::I8_OFFSET));
+            let second = if F::HALVES { S::splat_i(start::<F>(x, 1, S::I8_OFFSET)) } else { first };
+            let mut dots = [[first, second]; G];
+            for j in 0..8 {
+                let half = if F::HALVES { j / 4 } else { 0 };
+                for g in 0..G {
+                    dots[g][half] = match F::OFFSET {
+                        Offset::Fixed(_) => S::dot_u7(dots[g][half], w[g][j], values.add(4 * j)),
+                        Offset::Signed => S::dot_i8(dots[g][half], w[g][j], values.add(4 * j)),
                     };
                 }
             }
-            acc = add_sub::<S, F>(acc, dots, x, &scales);
-            S::store(sum.as_mut_ptr(), acc);
+            for g in 0..G {
+                let acc = add_sub::<S, F>(S::load(sums[g].as_ptr()), dots[g], x, &scales[g]);
+                S::store(sums[g].as_mut_ptr(), acc);
+            }
         }
     }
 }
@@ -441,6 +489,9 @@ struct Dense {
 
 /// How far ahead of the columns in hand weights are asked for, in bytes.
 pub(super) const AHEAD: usize = 2048;
+
+/// The same with few inputs, when a core waits for nothing but memory: what arrives in the time that an access takes.
+const FAR_AHEAD: usize = 8192;
 
 /// Inputs that a tile of dense groups is multiplied with at a time.
 const DENSE_INPUTS: usize = 6;
