@@ -197,7 +197,9 @@ impl Tiles {
         let fits = self.row_bytes[first] / 4 == self.rows[second]
             && self.rows[sums] == self.rows[first]
             && self.row_bytes[sums] == self.row_bytes[second]
-            && [sums, first, second].iter().all(|&tile| tile < 8 && self.has(tile) && self.row_bytes[tile] % 4 == 0);
+            && [sums, first, second]
+                .iter()
+                .all(|&tile| tile < 8 && self.has(tile) && self.row_bytes[tile].is_multiple_of(4));
         if !distinct || !fits {
             return false;
         }
