@@ -72,7 +72,7 @@ impl<'a, B> Region<'a, B> {
 }
 
 /// One entry of a kernel's buffer table.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum Argument<'a, B> {
     /// A region that is read.
     Read(Region<'a, B>),
@@ -94,7 +94,7 @@ pub enum Constant {
 }
 
 /// A kernel and all that it is given.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Dispatch<'a, B> {
     /// Where the kernel is.
     pub library: &'static KernelLibrary,
