@@ -12,7 +12,7 @@
 //! - [`encoder`]: the seam. Host code makes a [`Dispatch`] out of shapes; an [`Encoder`] runs it on a GPU, on a CPU (the
 //!   crate `msl-cpu`), or writes it down.
 //! - [`pack`]: weights from the file's bytes. [`gemv`]: products with all that is fused to them.
-//! - `metal` (feature `metal` on macOS): the encoder over a GPU. The rest builds everywhere.
+//! - `device`, `metal` (feature `metal` on macOS): GPUs and the encoder over one. The rest builds everywhere.
 //!
 //! # Conventions
 //!
@@ -42,6 +42,8 @@ pub mod params {
 
 #[cfg(all(feature = "metal", target_os = "macos"))]
 pub mod device;
+#[cfg(all(feature = "metal", target_os = "macos"))]
+pub mod metal;
 
 pub use encoder::{Dispatch, DryRun, Encoder, Region};
 pub use error::{Error, Result};
