@@ -34,6 +34,7 @@ pub mod encoder;
 pub mod options;
 pub mod pack;
 pub mod gemv;
+pub mod norm_add;
 
 /// Parameter structs of the kernels, written by `build.rs` from `kernels/*_params.metal`.
 pub mod params {
