@@ -35,6 +35,7 @@ pub mod options;
 pub mod pack;
 pub mod gemv;
 pub mod norm_add;
+pub mod dequantise;
 
 /// Parameter structs of the kernels, written by `build.rs` from `kernels/*_params.metal`.
 pub mod params {
