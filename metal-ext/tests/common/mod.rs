@@ -2,11 +2,15 @@
 #![cfg(not(target_os = "macos"))]
 #![allow(dead_code)] // each test file uses its part
 
+pub mod kv;
+
 use std::path::PathBuf;
 
 use half::{bf16, f16};
+use metal_ext::encoder::Argument;
 use metal_ext::pack::{Format, MatrixLayout};
-use msl_cpu::CpuBuffer;
+use metal_ext::{Dispatch, Encoder};
+use msl_cpu::{Check, CpuBuffer, CpuEncoder};
 
 /// candle's own kernels, unmodified, where cargo unpacked them.
 pub fn candle(name: &str) -> Option<PathBuf> {
@@ -170,5 +174,34 @@ pub fn close(got: &[f32], want: &[f64], tol: f64, what: &str) {
     for (i, (&g, &w)) in got.iter().zip(want).enumerate() {
         assert!((f64::from(g) - w).abs() <= tol * scale, "{what}: element {i} is {g}, expected {w}");
         // NaN fails too
+    }
+}
+
+/// An encoder that gives the kernel one byte less of a buffer than the dispatch says.
+pub struct Shortened {
+    encoder: CpuEncoder,
+    index: u32,
+}
+
+impl Shortened {
+    /// Of the buffer with this index.
+    pub fn new(index: u32) -> Shortened {
+        Shortened { encoder: CpuEncoder::new(Check::Accesses), index }
+    }
+}
+
+impl Encoder for Shortened {
+    type Buffer = CpuBuffer;
+
+    fn dispatch(&mut self, dispatch: &Dispatch<'_, CpuBuffer>) -> metal_ext::Result<()> {
+        let mut shorter = dispatch.clone();
+        for (index, argument) in &mut shorter.arguments {
+            if let (true, Argument::Read(region) | Argument::Write(region) | Argument::Update(region)) =
+                (*index == self.index, argument)
+            {
+                region.span -= 1;
+            }
+        }
+        self.encoder.dispatch(&shorter)
     }
 }
