@@ -13,6 +13,7 @@
 //!   crate `msl-cpu`), or writes it down.
 //! - [`attention`]: of a decode step, over a KV cache.
 //! - [`sampling`]: the most likely tokens.
+//! - [`softmax`]: by itself, for prefill.
 //! - [`kv`]: the KV cache. [`rope_kv`]: norms of q and k, RoPE, and what is kept of k and v.
 //! - [`pack`]: weights from the file's bytes. [`gemv`]: products with all that is fused to them.
 //! - `device`, `metal` (feature `metal` on macOS): GPUs and the encoder over one. The rest builds everywhere.
@@ -43,6 +44,7 @@ pub mod kv;
 pub mod rope_kv;
 pub mod attention;
 pub mod sampling;
+pub mod softmax;
 
 /// Parameter structs of the kernels, written by `build.rs` from `kernels/*_params.metal`.
 pub mod params {
