@@ -12,9 +12,9 @@ use crate::params::DequantiseParams;
 pub static LIBRARY: KernelLibrary = kernel_lib!("dequantise", dequantise_metallib);
 
 /// Threads of a threadgroup.
-const THREADS: usize = 64;
+pub(crate) const THREADS: usize = 64;
 
-fn params(layout: &MatrixLayout, rows: usize, multiplier: f32) -> DequantiseParams {
+pub(crate) fn params(layout: &MatrixLayout, rows: usize, multiplier: f32) -> DequantiseParams {
     DequantiseParams {
         n: layout.n as u32,
         k: layout.k as u32,
@@ -27,7 +27,7 @@ fn params(layout: &MatrixLayout, rows: usize, multiplier: f32) -> DequantisePara
 }
 
 /// Threadgroups over the chunks of `rows` rows.
-fn grid(layout: &MatrixLayout, rows: usize) -> [usize; 3] {
+pub(crate) fn grid(layout: &MatrixLayout, rows: usize) -> [usize; 3] {
     let chunk = match layout.format {
         Format::F16 | Format::F16Blocked | Format::BF16 => 8,
         Format::Q8_0 => 16,

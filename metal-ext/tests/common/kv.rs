@@ -43,3 +43,22 @@ pub fn poisoned(shape: &KvShape, bytes: &[u8], rows: &[KvRow]) -> usize {
     }
     bytes.iter().zip(own).filter(|(byte, own)| **byte == 0xff && !own).count()
 }
+
+/// Writes a head's key or value at the row's position.
+pub fn write_kv(shape: &KvShape, bytes: &mut [u8], row: KvRow, head: usize, values: &[f32]) {
+    for (group, values) in values.chunks(32).enumerate() {
+        let greatest = values.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+        let scale = f16::from_f32(greatest / 127.0);
+        for (i, value) in values.iter().enumerate() {
+            match places(shape, row, head, group * 32 + i).as_slice() {
+                [(half, _)] => bytes[*half..half + 2].copy_from_slice(&f16::from_f32(*value).to_le_bytes()),
+                [(byte, _), (at, _)] => {
+                    let quantised = if scale == f16::ZERO { 0.0 } else { value / scale.to_f32() };
+                    bytes[*byte] = quantised.round().clamp(-127.0, 127.0) as i8 as u8;
+                    bytes[*at..at + 2].copy_from_slice(&scale.to_le_bytes());
+                }
+                _ => unreachable!("a value has at most a scale beside it"),
+            }
+        }
+    }
+}

@@ -2,6 +2,7 @@
 #![cfg(not(target_os = "macos"))]
 #![allow(dead_code)] // each test file uses its part
 
+pub mod attention;
 pub mod kv;
 
 use std::path::PathBuf;
