@@ -1,13 +1,12 @@
 // Packed weights as plain floats: a thread widens a chunk.
 //
-// `widen` writes every row as half floats, for a matrix-matrix product; `look_up` writes the rows of a few tokens as
-// floats, which is what a step begins with.
+// `widen` writes every row, for a matrix-matrix product; `look_up` writes the rows of a few tokens, which is what a step
+// begins with.
 
 template <typename Format>
 struct Widened {
     // Writes the values of a chunk to where they stand in their row.
-    template <typename T>
-    static void write(thread const Matrix& m, uint row, uint chunk, uint k, float multiplier, device T* to) {
+    static void write(thread const Matrix& m, uint row, uint chunk, uint k, float multiplier, device float* to) {
         const Chunk c = Format::load(m, row, chunk);
         for (ushort second = 0; second < 2; second++) {
             const uint at = Format::position(chunk) + second * Format::SECOND;
@@ -21,7 +20,7 @@ struct Widened {
                 }
                 for (ushort j = 0; j < 4; j++) {
                     if (!Format::RAGGED || at + 4 * i + j < k) {
-                        to[at + 4 * i + j] = T(multiplier * v[j]);
+                        to[at + 4 * i + j] = multiplier * v[j];
                     }
                 }
             }
@@ -32,7 +31,7 @@ struct Widened {
 template <typename Format>
 kernel void widen(
     device const uchar* w [[buffer(0)]],
-    device half* out [[buffer(1)]],
+    device float* out [[buffer(1)]],
     constant DequantiseParams& p [[buffer(2)]],
     uint2 group [[threadgroup_position_in_grid]],
     ushort thread_index [[thread_index_in_threadgroup]],

@@ -36,12 +36,12 @@ pub(crate) fn grid(layout: &MatrixLayout, rows: usize) -> [usize; 3] {
     [layout.k.div_ceil(chunk).div_ceil(THREADS), rows, 1]
 }
 
-/// Every row of a matrix as half floats, (n, k).
+/// Every row of a matrix, (n, k).
 #[derive(Debug)]
 pub struct Widen<'a, B> {
     /// The matrix.
     pub matrix: PackedMatrix<'a, B>,
-    /// Where its halves go.
+    /// Where its floats go.
     pub out: Region<'a, B>,
 }
 
@@ -51,7 +51,7 @@ impl<B> Widen<'_, B> {
         let PackedMatrix { layout, buffer, offset } = self.matrix;
         Dispatch::new(&LIBRARY, format!("widen_{}", layout.format.name()))
             .read(0, Region::new(buffer, offset, layout.bytes))
-            .write(1, self.out.spanning(layout.n * layout.k * 2))
+            .write(1, self.out.spanning(layout.n * layout.k * 4))
             .bytes(2, params(&layout, layout.n, 1.0).to_bytes())
             .grid(grid(&layout, layout.n), [THREADS, 1, 1])
     }

@@ -26,7 +26,8 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    pub(crate) fn unsupported(what: impl Into<String>, reason: impl Into<String>) -> Error {
+    /// What a kernel does not take, and why.
+    pub fn unsupported(what: impl Into<String>, reason: impl Into<String>) -> Error {
         Error::Unsupported { what: what.into(), reason: reason.into() }
     }
 }

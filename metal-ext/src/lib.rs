@@ -15,6 +15,7 @@
 //! - [`sampling`]: the most likely tokens. [`embedding`]: their embeddings.
 //! - [`softmax`]: by itself, for prefill.
 //! - [`kv`]: the KV cache. [`rope_kv`]: norms of q and k, RoPE, and what is kept of k and v.
+//! - [`decode`]: a decode step of whole layers out of these.
 //! - [`pack`]: weights from the file's bytes. [`gemv`]: products with all that is fused to them.
 //! - `device`, `metal` (feature `metal` on macOS): GPUs and the encoder over one. The rest builds everywhere.
 //!
@@ -46,6 +47,7 @@ pub mod attention;
 pub mod sampling;
 pub mod softmax;
 pub mod embedding;
+pub mod decode;
 
 /// Parameter structs of the kernels, written by `build.rs` from `kernels/*_params.metal`.
 pub mod params {
@@ -60,4 +62,4 @@ pub mod metal;
 pub use encoder::{Dispatch, DryRun, Encoder, Region};
 pub use error::{Error, Result};
 pub use library::KernelLibrary;
-pub use options::ColumnsPerThreadgroup;
+pub use options::{ColumnsPerThreadgroup, MetalExtOptions, SoftmaxBackend};

@@ -9,9 +9,9 @@
 
 use std::collections::HashMap;
 
-use candle_metal_kernels::metal::{
-    Buffer, ComputeCommandEncoder, ComputePipeline, ConstantValues, Device, Library, Value,
-};
+pub use candle_metal_kernels::metal::Buffer;
+use candle_metal_kernels::metal::{ComputeCommandEncoder, ComputePipeline, ConstantValues, Device, Library, Value};
+pub use objc2::rc::autoreleasepool;
 use objc2_metal::{MTLCompileOptions, MTLDevice, MTLLanguageVersion, MTLMathMode, MTLSize};
 
 use crate::encoder::{Argument, Constant, Dispatch, Encoder};
@@ -108,6 +108,17 @@ fn compile_options() -> objc2::rc::Retained<MTLCompileOptions> {
 
 fn gpu<B>(dispatch: &Dispatch<'_, B>, message: impl std::fmt::Display) -> Error {
     Error::Gpu { kernel: dispatch.kernel.clone(), message: message.to_string() }
+}
+
+/// Encodes nothing and compiles what would be: with it, a step that is encoded once costs the ones after it no compiling.
+pub struct Compile<'a>(pub &'a mut Pipelines);
+
+impl Encoder for Compile<'_> {
+    type Buffer = Buffer;
+
+    fn dispatch(&mut self, dispatch: &Dispatch<'_, Buffer>) -> Result<()> {
+        self.0.prepare(dispatch)
+    }
 }
 
 /// Encodes into candle's command encoder.

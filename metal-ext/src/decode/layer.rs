@@ -1,6 +1,6 @@
 //! One layer of a decode step.
 
-use super::{AngleTable, LayerShape, LayerWeights, Matrix, Scratch, stride};
+use super::{LayerShape, LayerWeights, Matrix, Scratch, attention, stride};
 use crate::encoder::{Encoder, Region};
 use crate::error::{Error, Result};
 use crate::gemv::{Finish, Gemv, Norm, PackedMatrix};
@@ -14,6 +14,10 @@ pub struct Row<'a, B> {
     pub position: usize,
     /// The sequence's keys and values in each of the stage's layers.
     pub kv: &'a [KvCache<B>],
+    /// cos and sin of the position for [`AngleTable::Global`](super::AngleTable::Global): `rotary_dim / 2` floats each.
+    pub global_angles: [Region<'a, B>; 2],
+    /// The same for [`AngleTable::Local`](super::AngleTable::Local), where a layer uses it.
+    pub local_angles: Option<[Region<'a, B>; 2]>,
 }
 
 /// Keys and values of one sequence in one layer: F16, (num_key_value_heads, capacity, head_dim) each.
@@ -27,7 +31,7 @@ pub struct KvCache<B> {
     pub capacity: usize,
 }
 
-fn unsupported(reason: String) -> Error {
+pub(super) fn unsupported(reason: String) -> Error {
     Error::unsupported("fused decode", reason)
 }
 
@@ -98,40 +102,101 @@ impl<B> Projection<'_, B> {
 pub(super) fn encode<E: Encoder>(
     encoder: &mut E,
     index: usize,
-    shape: &LayerShape,
-    weights: &LayerWeights<E::Buffer>,
+    (shape, weights): (&LayerShape, &LayerWeights<E::Buffer>),
+    x: &E::Buffer,
     rows: &[Row<'_, E::Buffer>],
     scratch: &Scratch<E::Buffer>,
     options: &MetalExtOptions,
 ) -> Result<()> {
-    let norm = |gamma: &Option<E::Buffer>| -> Option<Norm<'_, E::Buffer>> {
-        gamma.as_ref().map(|gamma| Norm { gamma: Region::at(gamma, 0), eps: shape.rms_norm_eps })
-    };
-    let _ = norm;
-    let count = rows.len();
     Projection {
         matrices: &[&weights.q_proj, &weights.k_proj, &weights.v_proj],
-        x: &scratch.x,
+        x,
         y: &scratch.qkv,
         width: shape.qkv_width(),
-        norm: normed(&weights.attn_norm, shape),
+        norm: norm(&weights.attn_norm, shape),
         bias: weights.qkv_bias.as_ref(),
         finish: Finish::Store,
     }
-    .encode(encoder, count, options)?;
-
-    attention::encode(encoder, index, shape, weights, rows, scratch)?;
-    add_branch(encoder, shape, &weights.o_proj, &scratch.mixed, &weights.o_bias, &weights.attn_post_norm, count, scratch, options)?;
+    .encode(encoder, rows.len(), options)?;
+    for (at, row) in rows.iter().enumerate() {
+        attention::encode(encoder, (shape, weights), at, row, &row.kv[index], scratch)?;
+    }
+    Branch {
+        projection: &weights.o_proj,
+        bias: &weights.o_bias,
+        input: &scratch.mixed,
+        post_norm: norm(&weights.attn_post_norm, shape),
+    }
+    .add_to(encoder, x, shape, rows.len(), scratch, options)?;
 
     Projection {
         matrices: &[&weights.gate_proj, &weights.up_proj],
-        x: &scratch.x,
+        x,
         y: &scratch.gated,
         width: shape.intermediate_size,
-        norm: normed(&weights.mlp_norm, shape),
+        norm: norm(&weights.mlp_norm, shape),
         bias: weights.gate_up_bias.as_ref(),
         finish: Finish::Gated(shape.gate),
     }
-    .encode(encoder, count, options)?;
-    add_branch(encoder, shape, &weights.down_proj, &scratch.gated, &weights.down_bias, &weights.mlp_post_norm, count, scratch, options)
+    .encode(encoder, rows.len(), options)?;
+    Branch {
+        projection: &weights.down_proj,
+        bias: &weights.down_bias,
+        input: &scratch.gated,
+        post_norm: norm(&weights.mlp_post_norm, shape),
+    }
+    .add_to(encoder, x, shape, rows.len(), scratch, options)
+}
+
+fn norm<'a, B>(gamma: &'a Option<B>, shape: &LayerShape) -> Option<Norm<'a, B>> {
+    gamma.as_ref().map(|gamma| Norm { gamma: Region::at(gamma, 0), eps: shape.rms_norm_eps })
+}
+
+/// What is added to the residual stream.
+struct Branch<'a, B> {
+    projection: &'a Matrix<B>,
+    bias: &'a Option<B>,
+    input: &'a B,
+    post_norm: Option<Norm<'a, B>>,
+}
+
+impl<B> Branch<'_, B> {
+    /// One dispatch, two where a norm stands before the addition.
+    fn add_to<E: Encoder<Buffer = B>>(
+        self,
+        encoder: &mut E,
+        x: &B,
+        shape: &LayerShape,
+        rows: usize,
+        scratch: &Scratch<B>,
+        options: &MetalExtOptions,
+    ) -> Result<()> {
+        let (hidden, multiplier) = (shape.hidden_size, shape.residual_multiplier);
+        let (y, finish) = match self.post_norm {
+            None => (x, Finish::Add { multiplier }),
+            Some(_) => (&scratch.branch, Finish::Store),
+        };
+        Projection {
+            matrices: &[self.projection],
+            x: self.input,
+            y,
+            width: hidden,
+            norm: None,
+            bias: self.bias.as_ref(),
+            finish,
+        }
+        .encode(encoder, rows, options)?;
+        let Some(norm) = self.post_norm else { return Ok(()) };
+        NormAdd {
+            branch: Region::at(&scratch.branch, 0),
+            stride_branch: stride(hidden),
+            y: Region::at(x, 0),
+            stride_y: stride(hidden),
+            width: hidden,
+            rows,
+            norm,
+            multiplier,
+        }
+        .encode(encoder)
+    }
 }

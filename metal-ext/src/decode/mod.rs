@@ -2,19 +2,21 @@
 //!
 //! ```text
 //! 1  norm, q, k and v with their biases          gemv        x -> qkv
-//! 2  q/k norm, RoPE, append to the KV cache      rope_kv     qkv -> qkv, KV      (one for each sequence)
-//! 3  attention                                   attention   qkv, KV -> mixed    (one for each sequence)
+//! 2  q/k norm, RoPE, append to the KV cache      rope_kv     qkv -> q, KV        (one for each sequence)
+//! 3  attention                                   attention   q, KV -> mixed      (one for each sequence)
 //! 4  output projection, added to x               gemv        mixed -> x
 //! 5  norm, gate, up, activation                  gemv        x -> gated
 //! 6  down projection, added to x                 gemv        gated -> x
 //! ```
 //!
-//! Norms after attention and MLP (Gemma) take a dispatch each, and so does a product of matrices that are stored in more
-//! than one format. What is not covered at all is told by [`LayerShape::check`].
+//! Attention over some hundred positions and more is shared by several threadgroups, and a second dispatch puts their parts
+//! together. Norms after attention and MLP (Gemma) take a dispatch each, and so does a product of matrices that are stored
+//! in more than one format. What is not covered at all is told by [`LayerShape::check`].
 //!
 //! Everything is plain data over the buffers of an [`Encoder`], so that the same code encodes a step for a GPU, runs it on
 //! a CPU, and counts what it costs.
 
+mod attention;
 mod layer;
 mod prediction;
 
@@ -26,6 +28,7 @@ use crate::error::{Error, Result};
 use crate::gemv::{Finish, Gate, Gemv, MOST_ROWS, Norm, PackedMatrix};
 use crate::options::MetalExtOptions;
 use crate::pack::MatrixLayout;
+use crate::rope_kv::NormOver;
 
 /// What a layer is, without its weights. Names are those of Hugging Face configs.
 #[derive(Debug, Clone, PartialEq)]
@@ -42,6 +45,8 @@ pub struct LayerShape {
     pub head_dim: usize,
     /// Of every norm.
     pub rms_norm_eps: f32,
+    /// What norms of q and k are over; `None` without them.
+    pub qk_norm: Option<NormOver>,
     /// How positions turn queries and keys; `None` where they do not.
     pub rope: Option<Rope>,
     /// A query sees this many positions, itself included; `None` sees all.
@@ -91,11 +96,6 @@ impl LayerShape {
     pub fn qkv_width(&self) -> usize {
         self.q_width() + 2 * self.kv_width()
     }
-
-    /// Refuses what the fused path does not cover, by name and value.
-    pub fn check(&self) -> Result<()> {
-        layer::check(self)
-    }
 }
 
 /// A packed matrix that is kept in a buffer.
@@ -128,8 +128,8 @@ pub struct LayerWeights<B> {
     pub v_proj: Matrix<B>,
     /// Of q, k and v, one after the other.
     pub qkv_bias: Option<B>,
-    pub q_norm: Option<B>, // (head_dim)
-    pub k_norm: Option<B>, // (head_dim)
+    pub q_norm: Option<B>, // (head_dim), or (q_width) over the whole projection
+    pub k_norm: Option<B>, // (head_dim), or (kv_width)
     pub o_proj: Matrix<B>,
     pub o_bias: Option<B>,
     pub gate_proj: Matrix<B>,
@@ -163,11 +163,11 @@ pub struct Stage<B> {
 /// The buffers of a step; they are made once for the most rows that a step has.
 #[derive(Debug, Clone)]
 pub struct Scratch<B> {
-    /// (rows, hidden_size): what a step begins with and ends with.
-    pub x: B,
     /// (rows, qkv_width)
     pub qkv: B,
-    /// (rows, q_width)
+    /// (rows, q_width): q after norm and RoPE.
+    pub q: B,
+    /// (rows, q_width): attention's output.
     pub mixed: B,
     /// (rows, intermediate_size)
     pub gated: B,
@@ -175,10 +175,6 @@ pub struct Scratch<B> {
     pub branch: B,
     /// What attention puts together from several threadgroups.
     pub partials: B,
-    /// cos and sin of the rows, (rows, rotary_dim / 2) each, for [`AngleTable::Global`].
-    pub global_angles: [B; 2],
-    /// The same for [`AngleTable::Local`].
-    pub local_angles: [B; 2],
     /// (rows, vocab_size)
     pub logits: B,
 }
@@ -187,15 +183,17 @@ pub struct Scratch<B> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[allow(missing_docs)] // as there
 pub struct ScratchBytes {
-    pub x: usize,
     pub qkv: usize,
+    pub q: usize,
     pub mixed: usize,
     pub gated: usize,
     pub branch: usize,
     pub partials: usize,
-    pub angles: usize,
     pub logits: usize,
 }
+
+/// Positions whose steps use, together, all kernels of a stage: attention over few and over many.
+pub const POSITIONS: [usize; 2] = [0, 4095];
 
 /// Floats from one row to the next in scratch buffers: rows begin at multiples of 16 bytes.
 pub fn stride(width: usize) -> usize {
@@ -205,29 +203,29 @@ pub fn stride(width: usize) -> usize {
 impl<B> Stage<B> {
     /// What steps of up to `rows` rows need.
     pub fn scratch_bytes(&self, rows: usize) -> ScratchBytes {
-        let mut bytes = ScratchBytes { partials: 16, angles: 16, logits: 16, ..ScratchBytes::default() };
+        let mut bytes = ScratchBytes { partials: 16, logits: 16, ..ScratchBytes::default() };
         let of = |width: usize| rows * stride(width) * 4;
         for (shape, _) in &self.layers {
-            bytes.x = bytes.x.max(of(shape.hidden_size));
             bytes.qkv = bytes.qkv.max(of(shape.qkv_width()));
-            bytes.mixed = bytes.mixed.max(of(shape.q_width()));
+            bytes.q = bytes.q.max(of(shape.q_width()));
+            bytes.mixed = bytes.q;
             bytes.gated = bytes.gated.max(of(shape.intermediate_size));
-            bytes.branch = bytes.x;
-            bytes.partials = bytes.partials.max(layer::partial_bytes(shape));
-            bytes.angles = bytes.angles.max(shape.rope.map_or(0, |rope| rows * rope.rotary_dim / 2 * 4));
+            bytes.branch = bytes.branch.max(of(shape.hidden_size));
+            bytes.partials = bytes.partials.max(shape.partial_bytes());
         }
         if let Some(head) = &self.head {
-            bytes.x = bytes.x.max(of(head.projection.layout.k));
             bytes.logits = of(head.projection.layout.n);
         }
         bytes
     }
 
-    /// Encodes a step: `rows`, one of each sequence, from [`Scratch::x`] through all layers and back to it. Where there is
-    /// a head, the logits of the rows in `wanted` follow, into the same rows of [`Scratch::logits`].
+    /// Encodes a step: `rows`, one of each sequence, from `x`, (rows, hidden_size), through all layers and back to it.
+    /// Where there is a head, the logits of the rows in `wanted` follow, into the same rows of [`Scratch::logits`]. Rows
+    /// of all buffers are [`stride`] apart.
     pub fn encode<E: Encoder<Buffer = B>>(
         &self,
         encoder: &mut E,
+        x: &B,
         rows: &[Row<'_, B>],
         wanted: &[usize],
         scratch: &Scratch<B>,
@@ -238,7 +236,7 @@ impl<B> Stage<B> {
             return Err(Error::unsupported("fused decode", reason));
         }
         for (index, (shape, weights)) in self.layers.iter().enumerate() {
-            layer::encode(encoder, index, shape, weights, rows, scratch, options)?;
+            layer::encode(encoder, index, (shape, weights), x, rows, scratch, options)?;
         }
         let Some(head) = &self.head else { return Ok(()) };
         // Rows that follow each other share a dispatch.
@@ -246,7 +244,7 @@ impl<B> Stage<B> {
             let MatrixLayout { n, k, .. } = head.projection.layout;
             let gemv = Gemv {
                 matrices: &[head.projection.packed()],
-                x: Region::at(&scratch.x, run[0] * stride(k) * 4),
+                x: Region::at(x, run[0] * stride(k) * 4),
                 stride_x: stride(k),
                 y: Region::at(&scratch.logits, run[0] * stride(n) * 4),
                 stride_y: stride(n),
