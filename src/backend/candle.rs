@@ -31,6 +31,19 @@ impl CandleBackend {
         Ok(CandleBackend { decoder, sequences: HashMap::new() })
     }
 
+    /// The layers and what is around them.
+    #[cfg(all(feature = "metal", target_os = "macos"))]
+    pub(super) fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+
+    /// Keys and values of an open sequence.
+    #[cfg(all(feature = "metal", target_os = "macos"))]
+    pub(super) fn sequence(&self, id: SequenceId) -> Result<&SequenceKv> {
+        let kv = self.sequences.get(&id);
+        kv.ok_or_else(|| Error::Tensors(format!("sequence {} is not open in this stage", id.0)))
+    }
+
     fn run(&mut self, batch: &MicroBatch, input: Option<Tensor>, watch: &mut Watch) -> Result<StageOutput> {
         // A sequence's KV leaves the table while the decoder has it: two slices of one sequence cannot alias.
         let mut taken = Vec::with_capacity(batch.slices.len());

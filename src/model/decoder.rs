@@ -128,6 +128,7 @@ pub struct Decoder {
     config: Arc<DecoderConfig>,
     device: Device,
     dtype: DType,
+    kv_dtype: DType,
     weights: StageWeights<CandleBuild>,
     /// Index of the first layer in the model.
     first: usize,
@@ -148,11 +149,18 @@ impl Decoder {
         progress: &dyn Fn(u64),
     ) -> Result<Decoder> {
         let dtype = activation_dtype(source, &device.device, dense_type)?;
-        let build = CandleBuild { device: device.device.clone(), cpu: device.cpu.clone(), dtype };
+        let kv_dtype = kv_dtype(source, &device.device, dense_type)?;
+        let build = CandleBuild::new(device, dtype);
         let first = range.start;
         let weights = StageWeights::load(source, &config, range, dense_type, &build, progress)?;
         let device = build.device;
-        Ok(Decoder { masks: MaskCache::new(device.clone(), dtype), ropes, device, config, dtype, weights, first })
+        let masks = MaskCache::new(device.clone(), dtype);
+        Ok(Decoder { masks, ropes, device, config, dtype, kv_dtype, weights, first })
+    }
+
+    /// The weights, for a backend that computes some steps by itself.
+    pub fn weights(&self) -> &StageWeights<CandleBuild> {
+        &self.weights
     }
 
     /// Bytes of the weights.
@@ -162,16 +170,22 @@ impl Decoder {
 
     /// Room for one sequence of up to `capacity` positions in this run's layers.
     pub fn new_kv(&self, capacity: usize) -> Result<SequenceKv> {
-        SequenceKv::new(&self.config, self.weights.layers.len(), capacity, self.dtype, &self.device)
+        SequenceKv::new(&self.config, self.weights.layers.len(), capacity, self.kv_dtype, &self.device)
+    }
+
+    /// The embeddings of `tokens`: (tokens, hidden_size).
+    pub fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
+        let Some(table) = &self.weights.embeddings else {
+            return Err(Error::Tensors("only the first stage is given tokens, and nothing else".into()));
+        };
+        let x = table.look_up(tokens, &self.device, self.dtype)?;
+        scale(x, self.config.embedding_multiplier)
     }
 
     /// Runs the rows of all `sequences` through the layers, writing their keys and values.
     pub fn forward(&mut self, input: Input, sequences: &mut [Rows], watch: &mut Watch) -> Result<Output> {
         let mut x = match (input, &self.weights.embeddings) {
-            (Input::Tokens(tokens), Some(table)) => {
-                let x = table.look_up(tokens, &self.device, self.dtype)?;
-                scale(x, self.config.embedding_multiplier)?
-            }
+            (Input::Tokens(tokens), Some(_)) => self.embed(tokens)?,
             (Input::Activations(x), None) => x.to_dtype(self.dtype)?,
             _ => return Err(Error::Tensors("only the first stage is given tokens, and nothing else".into())),
         }; // (rows, hidden_size)
@@ -289,6 +303,7 @@ impl Decoder {
                 // Positions that no row's window reaches, and those after the block, are not read at all.
                 let from = window.map_or(0, |window| (position + 1).saturating_sub(window));
                 let (keys, values) = rows.kv.view(index, from, position + len)?;
+                let (keys, values) = (keys.to_dtype(self.dtype)?, values.to_dtype(self.dtype)?);
                 let mask = match len {
                     1 => None,
                     len => Some(self.masks.get(len, position + len - from, window)?),
@@ -357,9 +372,10 @@ impl Decoder {
     }
 }
 
-/// The type of activations: f32 on a CPU and with quantised weights; on a GPU with dense weights, the weights' own.
+/// The type of activations: f32 on a CPU, on Metal, where metal-ext's kernels share them, and with quantised weights; on
+/// CUDA with dense weights, the weights' own.
 pub fn activation_dtype(source: &dyn WeightSource, device: &Device, dense_type: Option<WeightType>) -> Result<DType> {
-    if device.is_cpu() {
+    if device.is_cpu() || device.is_metal() {
         return Ok(DType::F32);
     }
     // A stage need not hold the first layer, but the layers of a model are of one kind.
@@ -372,6 +388,15 @@ pub fn activation_dtype(source: &dyn WeightSource, device: &Device, dense_type: 
         (true, WeightType::BF16) => DType::BF16,
         _ => DType::F32,
     })
+}
+
+/// The type of keys and values in [`SequenceKv`]: f16 on Metal, as metal-ext's attention reads them; elsewhere that of the
+/// activations.
+pub fn kv_dtype(source: &dyn WeightSource, device: &Device, dense_type: Option<WeightType>) -> Result<DType> {
+    match device.is_metal() {
+        true => Ok(DType::F16),
+        false => activation_dtype(source, device, dense_type),
+    }
 }
 
 /// `x * factor`, without the pass over x that a factor of 1 would cost.
