@@ -6,8 +6,8 @@
 #
 # Code behind `cfg(target_os = "macos")` is seen by no compiler on Linux. cargo can check it there: with -Zbuild-std it
 # checks the standard library from source for aarch64-apple-darwin, so neither that target's std nor Apple's SDK is
-# needed. Nothing is linked or run. Crates that compile C for the target do not pass, so the download of models is left
-# out (--no-default-features).
+# needed. Nothing is linked or run, so crates with a little C for the target are given a compiler that writes empty
+# objects. The download of models brings a lot of C and is left out (--no-default-features).
 #
 # Needs a nightly toolchain with the standard library's source:
 #   rustup toolchain install nightly --component rust-src,clippy
@@ -23,6 +23,20 @@ if [ ! -e "$sysroot/lib/rustlib/src/rust/library/std/Cargo.toml" ]; then
   echo "check_darwin: $toolchain lacks the standard library's source; rustup +$toolchain component add rust-src" >&2
   exit 1
 fi
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cat > "$work/empty" <<'SCRIPT'
+#!/bin/sh
+# Stands in for a C compiler and an archiver: the file that is asked for is there afterwards, and empty.
+for argument; do
+  case "$previous $argument" in "-o "*) : > "$argument" ;; esac
+  case "$argument" in *.a) : > "$argument" ;; esac
+  previous=$argument
+done
+SCRIPT
+chmod +x "$work/empty"
+export CC_aarch64_apple_darwin="$work/empty" AR_aarch64_apple_darwin="$work/empty"
 
 darwin() {
   local command=$1

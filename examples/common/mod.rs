@@ -12,8 +12,8 @@ use anyhow::{Context, Result, bail};
 use candle_pipeline::weights::WeightType;
 use candle_pipeline::{
     ChatMessage, DEMO_MODEL, DeviceSpec, ExecutorOptions, GenerationOptions, HeterogeneousPipeline,
-    HeterogeneousPipelineExecutor, Isa, KvType, LinkOptions, MeasuredSplit, Objective, PipelineOptions, SimulatedLink,
-    Split, StageStats, Tokenizer, WireType,
+    HeterogeneousPipelineExecutor, Isa, KvType, LinkOptions, MeasuredSplit, MetalExtOptions, Objective,
+    PipelineOptions, SimulatedLink, Split, StageStats, Tokenizer, WireType,
 };
 use clap::{Parser, ValueEnum};
 
@@ -97,6 +97,9 @@ pub struct Flags {
     /// Instructions that CPU stages use: avx512, avx2, neon, scalar, as far as the CPU has them. The best when absent.
     #[arg(long)]
     pub isa: Option<Isa>,
+    /// Decode on Apple GPUs with candle's kernels instead of the fused ones.
+    #[arg(long)]
+    pub no_fused: bool,
     /// Positions of a sequence, prompt and output together; the model's own limit when absent.
     #[arg(long, visible_alias = "context")]
     pub context_length: Option<usize>,
@@ -139,6 +142,7 @@ impl Flags {
             dtype: self.dtype.as_deref().map(parse_dtype).transpose()?,
             kv_type: self.kv_type,
             isa: self.isa,
+            metal: MetalExtOptions { fused: !self.no_fused, ..metal_options()? },
             ..PipelineOptions::default()
         })
     }
@@ -199,6 +203,22 @@ impl Flags {
         };
         Ok(texts.into_iter().map(encode).collect::<candle_pipeline::Result<_>>()?)
     }
+}
+
+/// What the environment says about metal-ext's kernels: `METALLIC_GEMV_COLS_PER_TG` (2, 4 or 8) and
+/// `METALLIC_SOFTMAX_BACKEND` (auto, kernel or candle).
+fn metal_options() -> Result<MetalExtOptions> {
+    let mut options = MetalExtOptions::default();
+    if let Ok(columns) = std::env::var("METALLIC_GEMV_COLS_PER_TG") {
+        let wrong = || format!("METALLIC_GEMV_COLS_PER_TG={columns}: expected 2, 4 or 8");
+        let columns: usize = columns.trim().parse().with_context(wrong)?;
+        options.columns_per_threadgroup = columns.try_into().with_context(wrong)?;
+    }
+    if let Ok(backend) = std::env::var("METALLIC_SOFTMAX_BACKEND") {
+        options.softmax_backend =
+            backend.trim().parse().with_context(|| format!("METALLIC_SOFTMAX_BACKEND={backend}"))?;
+    }
+    Ok(options)
 }
 
 fn parse_ids(list: &str) -> Result<Vec<u32>> {

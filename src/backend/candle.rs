@@ -7,7 +7,7 @@ use candle_core::{Device, Tensor};
 use super::{MicroBatch, SequenceId, StageBackend, StageBytes, StageOutput, StageSource};
 use crate::error::{Error, Result};
 use crate::instrument::{HiddenRow, Watch};
-use crate::model::decoder::{Decoder, Input, Output, Rows};
+use crate::model::decoder::{Decoder, DecoderOptions, Input, Output, Rows};
 use crate::model::kv_cache::SequenceKv;
 
 /// A run of decoder layers and the keys and values of the sequences that are open in it.
@@ -25,7 +25,7 @@ impl CandleBackend {
             source.layers.clone(),
             &source.device,
             source.ropes.clone(),
-            source.dense_type,
+            DecoderOptions { dense_type: source.dense_type, metal: source.metal },
             progress,
         )?;
         Ok(CandleBackend { decoder, sequences: HashMap::new() })

@@ -63,7 +63,7 @@ impl Fused {
     /// The stage in the fused step's terms; the inner error says what it does not cover.
     fn new(source: &StageSource, candle: &CandleBackend) -> Result<metal_ext::Result<Fused>> {
         let device = &source.device.device;
-        let Some(kernels) = Kernels::of(device) else {
+        let Some(kernels) = Kernels::of(device, source.metal) else {
             return Ok(Err(metal_ext::Error::unsupported("fused decode", "the device is not on Metal")));
         };
         let buffers = TensorBuffers { device, kept: RefCell::default() };

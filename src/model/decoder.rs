@@ -5,8 +5,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
+use metal_ext::MetalExtOptions;
 
-use super::attention::{attend, attention_weights, soft_cap};
+use super::attention::{Softmax, attend, attention_weights, soft_cap};
 use super::config::{Activation, DecoderConfig, LayerRope, QkNorm};
 use super::kv_cache::SequenceKv;
 use super::linear::CandleBuild;
@@ -101,6 +102,15 @@ impl WeightBytes {
     }
 }
 
+/// How weights are held, and what computes with them.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct DecoderOptions {
+    /// F32, F16 and BF16 matrices become this type; `None` leaves them as stored.
+    pub dense_type: Option<WeightType>,
+    /// How metal-ext's kernels are used on an Apple GPU.
+    pub metal: MetalExtOptions,
+}
+
 /// What a forward pass returns.
 pub enum Output {
     /// For the next stage: (rows, hidden_size).
@@ -134,6 +144,7 @@ pub struct Decoder {
     first: usize,
     ropes: Arc<Ropes>,
     masks: MaskCache,
+    softmax: Softmax,
 }
 
 impl Decoder {
@@ -145,17 +156,19 @@ impl Decoder {
         range: Range<usize>,
         device: &OpenDevice,
         ropes: Arc<Ropes>,
-        dense_type: Option<WeightType>,
+        options: DecoderOptions,
         progress: &dyn Fn(u64),
     ) -> Result<Decoder> {
+        let dense_type = options.dense_type;
         let dtype = activation_dtype(source, &device.device, dense_type)?;
         let kv_dtype = kv_dtype(source, &device.device, dense_type)?;
-        let build = CandleBuild::new(device, dtype);
+        let build = CandleBuild::new(device, dtype, options.metal);
+        let softmax = build.softmax();
         let first = range.start;
         let weights = StageWeights::load(source, &config, range, dense_type, &build, progress)?;
         let device = build.device;
         let masks = MaskCache::new(device.clone(), dtype);
-        Ok(Decoder { masks, ropes, device, config, dtype, kv_dtype, weights, first })
+        Ok(Decoder { masks, softmax, ropes, device, config, dtype, kv_dtype, weights, first })
     }
 
     /// The weights, for a backend that computes some steps by itself.
@@ -310,7 +323,7 @@ impl Decoder {
                 };
                 let q = if len == rows.len { q.clone() } else { q.narrow(1, first, len)?.contiguous()? };
                 let (scale, cap) = (config.attention_scale, config.attn_logit_softcapping);
-                mixed.push(attend(&q, &keys, &values, mask.as_ref(), scale, cap)?); // (len, heads * head_dim)
+                mixed.push(attend(&q, &keys, &values, mask.as_ref(), scale, cap, &self.softmax)?); // (len, heads * head_dim)
             }
             if let Some(filter) = heads_watched.as_ref().filter(|_| rows.logits) {
                 let position = rows.position + rows.len - 1;

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use candle_core::quantized::{QMatMul, QStorage, QTensor};
 use candle_core::{DType, Device, Module, Tensor};
+use metal_ext::MetalExtOptions;
 
+use super::attention::Softmax;
 use super::stage_weights::{Build, Linear};
 use crate::device::{Cpu, OpenDevice};
 use crate::error::{Error, Result};
@@ -26,15 +28,26 @@ pub struct CandleBuild {
 }
 
 impl CandleBuild {
-    /// For a device and the type of its activations.
-    pub fn new(device: &OpenDevice, dtype: DType) -> Self {
+    /// For a device, the type of its activations, and how metal-ext's kernels are used if it is an Apple GPU.
+    pub fn new(device: &OpenDevice, dtype: DType, metal: MetalExtOptions) -> Self {
+        #[cfg(not(all(feature = "metal", target_os = "macos")))]
+        let _ = metal;
         CandleBuild {
             device: device.device.clone(),
             cpu: device.cpu.clone(),
             dtype,
             #[cfg(all(feature = "metal", target_os = "macos"))]
-            metal: super::metal_matrix::Kernels::of(&device.device),
+            metal: super::metal_matrix::Kernels::of(&device.device, metal),
         }
+    }
+
+    /// The softmax of this device's attention.
+    pub fn softmax(&self) -> Softmax {
+        #[cfg(all(feature = "metal", target_os = "macos"))]
+        if let Some(kernels) = self.metal.as_ref().filter(|kernels| kernels.has_softmax()) {
+            return Softmax::Metal(kernels.clone());
+        }
+        Softmax::Candle
     }
 }
 

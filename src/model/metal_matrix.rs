@@ -14,7 +14,8 @@ use metal_ext::encoder::Dispatch;
 use metal_ext::gemv::{Finish, Gemv, MOST_ROWS, PackedMatrix};
 use metal_ext::metal::{Buffer, MetalEncoder, Pipelines};
 use metal_ext::pack::{Format, MatrixLayout};
-use metal_ext::{Encoder, MetalExtOptions, Region};
+use metal_ext::softmax::Softmax;
+use metal_ext::{Encoder, MetalExtOptions, Region, SoftmaxBackend};
 
 use crate::error::{Error, Result};
 use crate::weights::WeightType;
@@ -24,14 +25,25 @@ use crate::weights::WeightType;
 pub struct Kernels {
     device: MetalDevice,
     pipelines: Arc<Mutex<Pipelines>>,
+    options: MetalExtOptions,
 }
 
 impl Kernels {
     /// Of a Metal device; `None` of any other.
-    pub fn of(device: &Device) -> Option<Kernels> {
+    pub fn of(device: &Device, options: MetalExtOptions) -> Option<Kernels> {
         let Device::Metal(device) = device else { return None };
         let pipelines = Pipelines::new(device.metal_device().clone());
-        Some(Kernels { device: device.clone(), pipelines: Arc::new(Mutex::new(pipelines)) })
+        Some(Kernels { device: device.clone(), pipelines: Arc::new(Mutex::new(pipelines)), options })
+    }
+
+    /// Whether attention over candle's tensors uses this crate's softmax.
+    pub fn has_softmax(&self) -> bool {
+        self.options.softmax_backend == SoftmaxBackend::Kernel
+    }
+
+    /// Softmax over the last dimension, a multiple of 4, of f32 `x`.
+    pub fn softmax(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(x.force_contiguous()?.apply_op1_no_bwd(&SoftmaxRows(self))?)
     }
 
     /// Packs the file's bytes into GPU memory; `None` where no kernel reads their type.
@@ -184,7 +196,7 @@ impl CustomOp1 for Multiply<'_> {
             bias: None,
             finish: Finish::Store,
         };
-        let columns = MetalExtOptions::default().columns_per_threadgroup;
+        let columns = matrix.kernels.options.columns_per_threadgroup;
         matrix.kernels.dispatch(&gemv.dispatch(columns).map_err(candle_core::Error::wrap)?)?;
         Ok(matrix.storage(out, rows, n))
     }
@@ -242,5 +254,35 @@ impl CustomOp1 for Rows<'_> {
         };
         matrix.kernels.dispatch(&look_up.dispatch().map_err(candle_core::Error::wrap)?)?;
         Ok(matrix.storage(out, rows, k))
+    }
+}
+
+/// Softmax of every row.
+struct SoftmaxRows<'a>(&'a Kernels);
+
+impl CustomOp1 for SoftmaxRows<'_> {
+    fn name(&self) -> &'static str {
+        "metal-ext softmax"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        Err(not_on_cpu(self.name()))
+    }
+
+    fn metal_fwd(&self, x: &MetalStorage, layout: &Layout) -> candle_core::Result<(MetalStorage, Shape)> {
+        let (count, width) = (layout.shape().elem_count(), layout.dims().last().copied().unwrap_or(1));
+        let device = &self.0.device;
+        let out = device.new_buffer(count, DType::F32, "metal-ext")?;
+        let softmax = Softmax {
+            x: Region::at(x.buffer(), layout.start_offset() * 4),
+            stride_x: width,
+            y: Region::at(&*out, 0),
+            stride_y: width,
+            width,
+            rows: count / width,
+            scale: 1.0,
+        };
+        self.0.dispatch(&softmax.dispatch().map_err(candle_core::Error::wrap)?)?;
+        Ok((MetalStorage::new(out, device.clone(), count, DType::F32), layout.shape().clone()))
     }
 }
