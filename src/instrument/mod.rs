@@ -20,7 +20,7 @@ pub use event::{
     TensorFacts, TokenRank,
 };
 pub use stats::TensorStats;
-pub use watch::{HiddenRow, Tap, Watch, Watcher, lens_layers, lens_tokens};
+pub use watch::{HiddenRow, StepPhases, Tap, Watch, Watcher, lens_layers, lens_tokens};
 
 /// Receives events on the threads where they happen; it must not block them.
 pub trait Collector: Send + Sync {
@@ -36,7 +36,7 @@ pub trait Collector: Send + Sync {
 /// What a collector wants of what costs time to find out.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Interest {
-    /// [`Event::Phases`], of a step of each stage at most every so long; zero is every step.
+    /// [`Event::Phases`] of all stages, of a step at most every so long; zero is every step.
     pub phases: Option<Duration>,
     /// Wait for the device at the end of each phase. Without it, the phases of a GPU show when work was submitted, not
     /// when it was done; with it, work that would have overlapped does not.
