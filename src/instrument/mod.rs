@@ -8,6 +8,7 @@
 //! are gathered during a forward pass by a [`Watch`].
 
 mod event;
+pub mod metrics;
 pub mod queue;
 mod stats;
 mod watch;
