@@ -1,11 +1,16 @@
 //! Figures of real runs.
 
 mod common;
+#[path = "../examples/common/instruments.rs"]
+#[allow(dead_code)] // the examples use all of it
+mod instruments;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use candle_pipeline::instrument::Probe;
+use candle_pipeline::instrument::jsonl::{MetricsLog, MetricsLogOptions};
 use candle_pipeline::instrument::metrics::{
     LatencyRow, Metrics, MetricsOptions, Snapshot, build_latency_rows, build_memory_rows,
 };
@@ -116,5 +121,75 @@ async fn counts_are_those_of_the_requests_that_ran() {
         assert!(figures.bandwidth.bytes_per_second > 0.0 && figures.bandwidth.share().is_none());
         let shares = figures.recent;
         assert!((shares.busy + shares.bubble + shares.copy - 1.0).abs() < 1e-9 && shares.busy > 0.0);
+    }
+}
+
+#[tokio::test]
+async fn files_have_the_rows_that_are_shown_in_whole_lines() {
+    let folder = tempfile::tempdir().unwrap();
+    let directory = folder.path().join("logs");
+    let (executor, metrics) =
+        measured(MetricsOptions { host_interval: Duration::from_secs(60), ..MetricsOptions::default() }).await;
+    let options = MetricsLogOptions { directory: directory.clone(), interval: Duration::from_millis(20) };
+    let log = MetricsLog::start(metrics.clone(), &options).unwrap();
+    executor.infer_with(&[1, 40, 300], &greedy(200)).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(60)).await;
+    // Nothing happens any more, so the last lines show what is shown now.
+    drop(executor);
+    let (latency, memory) = (log.latency_path().to_path_buf(), log.memory_path().to_path_buf());
+    assert_eq!(log.failures(), 0);
+    drop(log);
+    let snapshot = metrics.snapshot();
+    let lines = |path: &Path| -> Vec<Vec<serde_json::Value>> {
+        let text = std::fs::read_to_string(path).unwrap();
+        assert!(text.ends_with('\n'));
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let without_time = |mut row: serde_json::Value| {
+        let time = row.as_object_mut().unwrap().remove("time").unwrap().as_f64().unwrap();
+        assert!(time > 1.7e9 && time <= snapshot.time);
+        row
+    };
+    let shown = |rows: serde_json::Value| rows.as_array().unwrap().clone();
+    for (path, rows, name) in [
+        (latency, serde_json::json!(build_latency_rows(&snapshot)), "-latency.jsonl"),
+        (memory, serde_json::json!(build_memory_rows(&snapshot)), "-memory.jsonl"),
+    ] {
+        let mut lines = lines(&path);
+        assert!(lines.len() >= 3, "one at the start, one at the end, and some between: {}", lines.len());
+        let last: Vec<_> = lines.pop().unwrap().into_iter().map(without_time).collect();
+        assert_eq!(last, shown(rows));
+        let name_of_file = path.file_name().unwrap().to_str().unwrap();
+        let timestamp = name_of_file.strip_suffix(name).unwrap();
+        assert!(timestamp.bytes().all(|digit| digit.is_ascii_digit()) && path.parent() == Some(&directory), "{path:?}");
+    }
+    assert_eq!(std::fs::read_dir(&directory).unwrap().count(), 2);
+}
+
+#[test]
+fn the_environment_switches_logs_on_and_a_wrong_value_is_named() {
+    let options = |enabled: &str, interval: Option<&str>| {
+        instruments::log_options(|name| match name {
+            "METRICS_LOG_ENABLED" => Some(enabled.to_string()),
+            "METRICS_LOG_INTERVAL_SECS" => interval.map(str::to_string),
+            _ => None,
+        })
+    };
+    for on in ["1", "true", "yes", "on", "ON", " True "] {
+        assert_eq!(options(on, None).unwrap(), Some(MetricsLogOptions::default()), "{on}");
+    }
+    for off in ["0", "false", "no", "off", "", " "] {
+        assert_eq!(options(off, None).unwrap(), None, "{off}");
+    }
+    assert_eq!(instruments::log_options(|_| None).unwrap(), None);
+    assert_eq!(MetricsLogOptions::default().interval, Duration::from_secs(5));
+    assert_eq!(options("1", Some("0.25")).unwrap().unwrap().interval, Duration::from_millis(250));
+    for wrong in ["2", "enabled", "-", "oui"] {
+        let message = options(wrong, None).unwrap_err().to_string();
+        assert!(message.contains(&format!("METRICS_LOG_ENABLED={wrong}: ")), "{message}");
+    }
+    for wrong in ["0", "-1", "five", "inf", "NaN", "1e300", "1e-12"] {
+        let message = options("1", Some(wrong)).unwrap_err().to_string();
+        assert!(message.contains(&format!("METRICS_LOG_INTERVAL_SECS={wrong}: ")), "{message}");
     }
 }

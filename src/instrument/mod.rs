@@ -8,6 +8,7 @@
 //! are gathered during a forward pass by a [`Watch`].
 
 mod event;
+pub mod jsonl;
 pub mod metrics;
 pub mod queue;
 mod stats;
@@ -152,6 +153,13 @@ impl Probe {
         Probe(Some(Arc::new(Listeners { collectors, interest })))
     }
 
+    /// Sends them to these too, after those that it has.
+    pub fn and(self, collectors: Vec<Arc<dyn Collector>>) -> Self {
+        let mut all = self.0.map_or_else(Vec::new, |listeners| listeners.collectors.clone());
+        all.extend(collectors);
+        Probe::to_all(all)
+    }
+
     /// Whether anybody listens.
     pub fn is_on(&self) -> bool {
         self.0.is_some()
@@ -216,6 +224,9 @@ mod tests {
         assert_eq!(merged.attention, heads(Some(vec![1, 3, 4])));
         assert_eq!(merged.lens, Some(LensInterest { tokens: vec![3, 7], top_k: 2 }));
         assert!(merged.kv && !merged.activations && !merged.synchronise);
+        let both =
+            Probe::default().and(vec![Arc::new(Wants(second.clone()))]).and(vec![Arc::new(Wants(Interest::default()))]);
+        assert_eq!(both.interest(), Some(&second), "adding to a probe takes nothing away");
         let all = second.and(Interest { attention: heads(None), ..Interest::default() });
         assert_eq!(all.attention, heads(None));
     }

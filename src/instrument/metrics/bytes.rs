@@ -43,6 +43,8 @@ pub(super) struct Holdings {
     facts: Vec<StageFacts>,
     /// Computed positions.
     valid: usize,
+    /// Whether weights have come or gone since the process was looked at.
+    loaded: bool,
 }
 
 impl Holdings {
@@ -59,6 +61,7 @@ impl Holdings {
     pub(super) fn hold(&mut self, stage: usize, weights: u64, kv: u64, scratch: u64) {
         let (Some(footprint), Some(facts)) = (self.memory.stages.get_mut(stage), self.facts.get(stage)) else { return };
         let parts = facts.embedding_bytes + facts.layer_bytes.iter().sum::<u64>() + facts.head_bytes;
+        self.loaded |= footprint.weights.current != weights;
         footprint.weights.set(weights);
         footprint.other.set(weights.saturating_sub(parts));
         footprint.kv_reserved.set(kv);
@@ -74,8 +77,14 @@ impl Holdings {
         }
     }
 
+    /// Whether the process has surely changed since [`resident`](Self::resident).
+    pub(super) fn has_loaded(&self) -> bool {
+        self.loaded
+    }
+
     /// The process has so many bytes now.
     pub(super) fn resident(&mut self, bytes: u64) {
+        self.loaded = false;
         self.memory.host.process.set(bytes);
         self.attribute();
     }
@@ -126,11 +135,13 @@ impl Process {
         Process { pid: sysinfo::get_current_pid().ok(), system: System::new(), interval, asked: None }
     }
 
-    /// Bytes resident, if it is time to ask again and the system tells.
+    /// Whether it is time to ask again.
+    pub(super) fn is_due(&self, now: Instant) -> bool {
+        self.asked.is_none_or(|asked| now.saturating_duration_since(asked) >= self.interval)
+    }
+
+    /// Bytes resident, if the system tells.
     pub(super) fn resident(&mut self, now: Instant) -> Option<u64> {
-        if self.asked.is_some_and(|asked| now.saturating_duration_since(asked) < self.interval) {
-            return None;
-        }
         self.asked = Some(now);
         let pid = self.pid?;
         let only_memory = ProcessRefreshKind::nothing().with_memory();

@@ -53,7 +53,7 @@ pub struct MetricsOptions {
     pub synchronise: bool,
     /// How many of the latest steps an average is over.
     pub window: usize,
-    /// How often the system is asked how much memory the process has.
+    /// How often the system is asked how much memory the process has. It is asked when weights have come too.
     pub host_interval: Duration,
     /// Bytes a second that devices can read, by the name that options give them, see
     /// [`read_bandwidth`](crate::device::read_bandwidth). Those of other devices stay unknown.
@@ -135,7 +135,9 @@ impl Sink for MetricsSink {
     }
 
     fn idle(&mut self) {
-        if let Some(bytes) = self.process.resident(Instant::now()) {
+        let now = Instant::now();
+        let due = self.process.is_due(now) || lock(&self.figures).holdings.has_loaded();
+        if due && let Some(bytes) = self.process.resident(now) {
             lock(&self.figures).holdings.resident(bytes);
         }
     }
