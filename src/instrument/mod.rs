@@ -10,6 +10,7 @@
 mod event;
 pub mod jsonl;
 pub mod metrics;
+pub mod prometheus;
 pub mod queue;
 mod stats;
 mod watch;
