@@ -2,8 +2,10 @@
 #![allow(dead_code)] // each example uses a part
 
 pub mod cases;
+pub mod instruments;
 
 use std::io::{IsTerminal, Write};
+use std::ops::Deref;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +18,8 @@ use candle_pipeline::{
     PipelineOptions, SimulatedLink, Split, StageStats, Tokenizer, WireType,
 };
 use clap::{Parser, ValueEnum};
+
+use self::instruments::Instruments;
 
 /// What goes to stdout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -159,12 +163,18 @@ impl Flags {
     }
 
     /// Plans and loads the model, showing both on stderr.
-    pub async fn load(&self) -> Result<HeterogeneousPipelineExecutor> {
+    pub async fn load(&self) -> Result<Loaded> {
         self.load_with(ExecutorOptions::default()).await
     }
 
     /// The same with executor options.
-    pub async fn load_with(&self, options: ExecutorOptions) -> Result<HeterogeneousPipelineExecutor> {
+    pub async fn load_with(&self, options: ExecutorOptions) -> Result<Loaded> {
+        self.load_watched(options, Instruments::default()).await
+    }
+
+    /// The same with collectors beside those that the environment asks for.
+    pub async fn load_watched(&self, options: ExecutorOptions, mut instruments: Instruments) -> Result<Loaded> {
+        instruments.add_from_environment()?;
         let devices = DeviceSpec::parse_list(&self.devices)?;
         let plan = self.pipeline()?;
         let model = self.model.clone();
@@ -175,13 +185,14 @@ impl Flags {
             eprint!("{pipeline}");
         }
         let (progress, bar) = loading_bar(pipeline.stages().iter().map(|stage| stage.weight_bytes).sum());
-        let options = ExecutorOptions { progress: Some(progress), ..options };
+        let probe = options.probe.and(instruments.collectors());
+        let options = ExecutorOptions { progress: Some(progress), probe, ..options };
         let executor = HeterogeneousPipelineExecutor::with_options(pipeline, &self.model, options).await?;
         bar.finish_and_clear();
         if self.output_format != OutputFormat::None {
             eprintln!("ready in {:.2?}", executor.load_time());
         }
-        Ok(executor)
+        Ok(Loaded { executor, _instruments: instruments })
     }
 
     /// The prompts as token ids: those given, or `defaults`.
@@ -219,6 +230,20 @@ fn metal_options() -> Result<MetalExtOptions> {
             backend.trim().parse().with_context(|| format!("METALLIC_SOFTMAX_BACKEND={backend}"))?;
     }
     Ok(options)
+}
+
+/// A loaded model, and what watches it until it is dropped.
+pub struct Loaded {
+    executor: HeterogeneousPipelineExecutor,
+    _instruments: Instruments, // dropped after the executor has told its last event
+}
+
+impl Deref for Loaded {
+    type Target = HeterogeneousPipelineExecutor;
+
+    fn deref(&self) -> &HeterogeneousPipelineExecutor {
+        &self.executor
+    }
 }
 
 fn parse_ids(list: &str) -> Result<Vec<u32>> {

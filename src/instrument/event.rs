@@ -195,10 +195,19 @@ pub struct StageFacts {
     pub layers: usize,
     /// Bytes of its weights.
     pub weight_bytes: u64,
+    /// How much of that are embeddings; 0 but in the first stage.
+    pub embedding_bytes: u64,
+    /// How much each of its layers is.
+    pub layer_bytes: Vec<u64>,
+    /// How much are the final norm and the head; 0 but in the last stage. A head that is the embeddings of the same stage
+    /// counts there.
+    pub head_bytes: u64,
     /// Bytes of weights that a decode step reads: all but the rows of the embeddings that it does not look up.
     pub step_bytes: u64,
     /// Bytes of KV of a position.
     pub kv_bytes_per_position: u64,
+    /// For each of its layers, the positions that attention looks back at most, where it does not see all.
+    pub windows: Vec<Option<usize>>,
     /// Bytes of KV that there may be.
     pub kv_budget: u64,
 }

@@ -8,6 +8,9 @@
 //! are gathered during a forward pass by a [`Watch`].
 
 mod event;
+pub mod jsonl;
+pub mod metrics;
+pub mod prometheus;
 pub mod queue;
 mod stats;
 mod watch;
@@ -20,7 +23,7 @@ pub use event::{
     TensorFacts, TokenRank,
 };
 pub use stats::TensorStats;
-pub use watch::{HiddenRow, Tap, Watch, Watcher, lens_layers, lens_tokens};
+pub use watch::{HiddenRow, StepPhases, Tap, Watch, Watcher, lens_layers, lens_tokens};
 
 /// Receives events on the threads where they happen; it must not block them.
 pub trait Collector: Send + Sync {
@@ -36,7 +39,7 @@ pub trait Collector: Send + Sync {
 /// What a collector wants of what costs time to find out.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Interest {
-    /// [`Event::Phases`], of a step of each stage at most every so long; zero is every step.
+    /// [`Event::Phases`] of all stages, of a step at most every so long; zero is every step.
     pub phases: Option<Duration>,
     /// Wait for the device at the end of each phase. Without it, the phases of a GPU show when work was submitted, not
     /// when it was done; with it, work that would have overlapped does not.
@@ -151,6 +154,13 @@ impl Probe {
         Probe(Some(Arc::new(Listeners { collectors, interest })))
     }
 
+    /// Sends them to these too, after those that it has.
+    pub fn and(self, collectors: Vec<Arc<dyn Collector>>) -> Self {
+        let mut all = self.0.map_or_else(Vec::new, |listeners| listeners.collectors.clone());
+        all.extend(collectors);
+        Probe::to_all(all)
+    }
+
     /// Whether anybody listens.
     pub fn is_on(&self) -> bool {
         self.0.is_some()
@@ -215,6 +225,9 @@ mod tests {
         assert_eq!(merged.attention, heads(Some(vec![1, 3, 4])));
         assert_eq!(merged.lens, Some(LensInterest { tokens: vec![3, 7], top_k: 2 }));
         assert!(merged.kv && !merged.activations && !merged.synchronise);
+        let both =
+            Probe::default().and(vec![Arc::new(Wants(second.clone()))]).and(vec![Arc::new(Wants(Interest::default()))]);
+        assert_eq!(both.interest(), Some(&second), "adding to a probe takes nothing away");
         let all = second.and(Interest { attention: heads(None), ..Interest::default() });
         assert_eq!(all.attention, heads(None));
     }
