@@ -3,6 +3,7 @@
 
 pub mod cases;
 pub mod instruments;
+pub mod ratio;
 
 use std::io::{IsTerminal, Write};
 use std::ops::Deref;
@@ -173,14 +174,27 @@ impl Flags {
     }
 
     /// The same with collectors beside those that the environment asks for.
-    pub async fn load_watched(&self, options: ExecutorOptions, mut instruments: Instruments) -> Result<Loaded> {
-        instruments.add_from_environment()?;
+    pub async fn load_watched(&self, options: ExecutorOptions, instruments: Instruments) -> Result<Loaded> {
+        self.load_planned(self.plan().await?, options, instruments).await
+    }
+
+    /// Plans the model, which reads headers only.
+    pub async fn plan(&self) -> Result<HeterogeneousPipeline> {
         let devices = DeviceSpec::parse_list(&self.devices)?;
         let plan = self.pipeline()?;
         let model = self.model.clone();
         // Planning reads files and may download, which must not hold up the runtime.
-        let pipeline =
-            tokio::task::spawn_blocking(move || HeterogeneousPipeline::with_options(&devices, &model, plan)).await??;
+        Ok(tokio::task::spawn_blocking(move || HeterogeneousPipeline::with_options(&devices, &model, plan)).await??)
+    }
+
+    /// Loads what was planned, showing it on stderr.
+    pub async fn load_planned(
+        &self,
+        pipeline: HeterogeneousPipeline,
+        options: ExecutorOptions,
+        mut instruments: Instruments,
+    ) -> Result<Loaded> {
+        instruments.add_from_environment()?;
         if self.output_format != OutputFormat::None {
             eprint!("{pipeline}");
         }

@@ -44,6 +44,12 @@ impl CandleBackend {
         kv.ok_or_else(|| Error::Tensors(format!("sequence {} is not open in this stage", id.0)))
     }
 
+    /// Keeps so many attention masks of prompt chunks at most, for the next layers and chunks; 0 makes each anew, which
+    /// shows what keeping them gains.
+    pub fn keep_masks(&mut self, capacity: usize) {
+        self.decoder.keep_masks(capacity);
+    }
+
     fn run(&mut self, batch: &MicroBatch, input: Option<Tensor>, watch: &mut Watch) -> Result<StageOutput> {
         // A sequence's KV leaves the table while the decoder has it: two slices of one sequence cannot alias.
         let mut taken = Vec::with_capacity(batch.slices.len());

@@ -158,6 +158,11 @@ impl Watch {
         }
     }
 
+    /// Whether values from within the layers are wanted, which fused kernels do not give.
+    pub fn looks_inside(&self) -> bool {
+        self.activations.is_some() || self.attention.is_some() || self.hidden.is_some()
+    }
+
     /// Whether [`layer_input`](Self::layer_input), [`tap`](Self::tap) and [`layer_output`](Self::layer_output) are wanted.
     pub fn wants_activations(&self) -> bool {
         self.activations.is_some()

@@ -176,6 +176,11 @@ impl Decoder {
         &self.weights
     }
 
+    /// Keeps so many attention masks at most.
+    pub fn keep_masks(&mut self, capacity: usize) {
+        self.masks.keep(capacity);
+    }
+
     /// Bytes of the weights.
     pub fn weight_bytes(&self) -> u64 {
         self.weights.bytes
