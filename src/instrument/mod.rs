@@ -16,8 +16,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use event::{
-    Event, KvState, Lap, LayerActivations, LensLayer, ModelFacts, Outcome, Phase, Record, StageFacts, StepSlice,
-    TensorFacts, TokenRank,
+    Event, KvState, Lap, LayerActivations, LensLayer, ModelFacts, Outcome, Phase, Record, StageFacts, StepOutcome,
+    StepSlice, TensorFacts, TokenRank,
 };
 pub use stats::TensorStats;
 pub use watch::{HiddenRow, Tap, Watch, Watcher, lens_layers, lens_tokens};
@@ -151,6 +151,12 @@ impl Probe {
         Probe(Some(Arc::new(Listeners { collectors, interest })))
     }
 
+    /// Sends events to those who listen already and to `collectors`.
+    pub fn also(&self, collectors: Vec<Arc<dyn Collector>>) -> Self {
+        let listening = self.0.iter().flat_map(|listeners| listeners.collectors.iter().cloned());
+        Probe::to_all(listening.chain(collectors).collect())
+    }
+
     /// Whether anybody listens.
     pub fn is_on(&self) -> bool {
         self.0.is_some()
@@ -215,6 +221,9 @@ mod tests {
         assert_eq!(merged.attention, heads(Some(vec![1, 3, 4])));
         assert_eq!(merged.lens, Some(LensInterest { tokens: vec![3, 7], top_k: 2 }));
         assert!(merged.kv && !merged.activations && !merged.synchronise);
+        let also = Probe::new(Arc::new(Wants(Interest { activations: true, ..Interest::default() }))).also(Vec::new());
+        let also = also.also(vec![Arc::new(Wants(Interest { kv: true, ..Interest::default() }))]);
+        assert!(also.interest().is_some_and(|interest| interest.activations && interest.kv));
         let all = second.and(Interest { attention: heads(None), ..Interest::default() });
         assert_eq!(all.attention, heads(None));
     }

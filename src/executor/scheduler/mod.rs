@@ -38,7 +38,7 @@ pub use self::sequence::{Finish, GeneratedToken, GenerationEvent, QueuePlace, Re
 use super::options::FinishReason;
 use crate::backend::{MicroBatch, SequenceId, SequenceSlice};
 use crate::error::Error;
-use crate::instrument::{Event, KvState, Outcome, Probe, StepSlice};
+use crate::instrument::{Event, KvState, Outcome, Probe, StepOutcome, StepSlice};
 use crate::pipeline::worker::{StageMessage, StageReply, StepTimes, panic_message};
 
 /// What the scheduler hears.
@@ -203,6 +203,7 @@ impl Scheduler {
 
     fn serve(&mut self) {
         while let Ok(message) = self.next_message() {
+            let began = self.probe.is_on().then(Instant::now);
             if !message.is_none_or(|message| self.handle(message)) {
                 break;
             }
@@ -216,6 +217,9 @@ impl Scheduler {
             self.release_followers();
             self.admit();
             self.dispatch();
+            if let Some(began) = began {
+                self.probe.emit(|| Event::SchedulerTurn { busy: began.elapsed() });
+            }
         }
     }
 
@@ -233,6 +237,9 @@ impl Scheduler {
         for (_, sequence) in std::mem::take(&mut self.active) {
             self.emit_finished(&sequence, Outcome::Error(error.kind()));
             let _ = sequence.request.events.send(Err(error.clone()));
+        }
+        for (step, _) in std::mem::take(&mut self.steps) {
+            self.probe.emit(|| Event::StepFinished { step, outcome: StepOutcome::Failed });
         }
         let waiting = std::mem::take(&mut self.waiting);
         self.refuse(waiting, error);
@@ -275,8 +282,11 @@ impl Scheduler {
             }
             Message::Stage(StageReply::OpenFailed { id, error }) => self.fail(id, error),
             Message::Stage(StageReply::StepFailed { step, error }) => {
-                for slice in self.steps.remove(&step).into_iter().flat_map(|step| step.slices) {
-                    self.fail(slice.id, error.clone());
+                if let Some(failed) = self.steps.remove(&step) {
+                    self.probe.emit(|| Event::StepFinished { step, outcome: StepOutcome::Failed });
+                    for slice in failed.slices {
+                        self.fail(slice.id, error.clone());
+                    }
                 }
             }
             Message::Stage(StageReply::Died { error }) => {
@@ -290,8 +300,8 @@ impl Scheduler {
     }
 
     /// A step has left the stages. Some of its sequences may have ended in the meantime.
-    fn landed(&mut self, step: u64, logits: Vec<(SequenceId, Vec<f32>)>, slowest: Duration) {
-        let Some(step) = self.steps.remove(&step) else { return };
+    fn landed(&mut self, number: u64, logits: Vec<(SequenceId, Vec<f32>)>, slowest: Duration) {
+        let Some(step) = self.steps.remove(&number) else { return };
         let mut logits: HashMap<SequenceId, Vec<f32>> = logits.into_iter().collect();
         let mut wanted = false;
         for slice in step.slices {
@@ -308,6 +318,8 @@ impl Scheduler {
         if wanted {
             self.budget.landed(step.decode_rows, step.prefill_rows, slowest);
         }
+        let outcome = if wanted { StepOutcome::Computed } else { StepOutcome::Unwanted };
+        self.probe.emit(|| Event::StepFinished { step: number, outcome });
         if self.probe.interest().is_some_and(|interest| interest.kv) {
             self.probe.emit(|| Event::Kv(self.kv_state()));
         }
