@@ -8,7 +8,9 @@
 //! are gathered during a forward pass by a [`Watch`].
 
 mod event;
+mod line_file;
 pub mod queue;
+pub mod session_log;
 mod stats;
 mod watch;
 
