@@ -9,6 +9,7 @@
 
 mod event;
 mod line_file;
+pub mod quantisation;
 pub mod queue;
 pub mod session_log;
 mod stats;
