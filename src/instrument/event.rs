@@ -286,6 +286,17 @@ pub struct StepSlice {
     pub prefill: bool,
 }
 
+impl StepSlice {
+    /// What a micro-batch of them is: `prefill`, `decode` or `mixed`.
+    pub fn kind(slices: &[StepSlice]) -> &'static str {
+        match slices.iter().filter(|slice| slice.prefill).count() {
+            0 => "decode",
+            prefills if prefills == slices.len() => "prefill",
+            _ => "mixed",
+        }
+    }
+}
+
 /// A part of the forward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize)]
 #[serde(rename_all = "snake_case")]

@@ -19,7 +19,6 @@ const LEAST_ROOM: usize = 512;
 /// What a file may hold when it is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Existing<'a> {
-    #[cfg_attr(not(test), expect(dead_code))]
     /// It is emptied.
     Replaced,
     /// It is added to, if it begins like this.

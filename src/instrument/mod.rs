@@ -7,6 +7,7 @@
 //! Some events cost time where they happen, so they are told only when a collector's [`Interest`] asks for them. Those
 //! are gathered during a forward pass by a [`Watch`].
 
+pub mod chrome;
 mod event;
 mod line_file;
 pub mod quantisation;

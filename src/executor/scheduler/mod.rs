@@ -204,23 +204,33 @@ impl Scheduler {
     fn serve(&mut self) {
         while let Ok(message) = self.next_message() {
             let began = self.probe.is_on().then(Instant::now);
-            if !message.is_none_or(|message| self.handle(message)) {
-                break;
-            }
-            // What has arrived in the meantime is heard before the next micro-batch is composed.
-            while let Ok(message) = self.inbox.try_recv() {
-                if !self.handle(message) {
-                    return;
-                }
-            }
-            self.expire();
-            self.release_followers();
-            self.admit();
-            self.dispatch();
+            let goes_on = self.turn(message);
             if let Some(began) = began {
-                self.probe.emit(|| Event::SchedulerTurn { busy: began.elapsed() });
+                let now = Instant::now();
+                self.probe.emit_at(now, || Event::SchedulerTurn { busy: now - began });
+            }
+            if !goes_on {
+                return;
             }
         }
+    }
+
+    /// Does all that there is to do after a message, or after a deadline; false means stop.
+    fn turn(&mut self, message: Option<Message>) -> bool {
+        if !message.is_none_or(|message| self.handle(message)) {
+            return false;
+        }
+        // What has arrived in the meantime is heard before the next micro-batch is composed.
+        while let Ok(message) = self.inbox.try_recv() {
+            if !self.handle(message) {
+                return false;
+            }
+        }
+        self.expire();
+        self.release_followers();
+        self.admit();
+        self.dispatch();
+        true
     }
 
     /// Waits for a message, or with `None` for the next deadline.
@@ -551,13 +561,17 @@ impl Scheduler {
         }
         let outcome = sequence.choose(logits, &self.limits);
         // An error, or a request for no token, chooses none.
-        if let Some((index, since)) = sequence.take_chosen() {
-            self.probe.emit(|| Event::Sampled {
+        if let Some((index, since)) = sequence.take_chosen()
+            && self.probe.is_on()
+        {
+            // One reading of the clock, so that the choice began when it says.
+            let now = Instant::now();
+            self.probe.emit_at(now, || Event::Sampled {
                 request: id.0,
                 token: sequence.tokens[sequence.tokens.len() - 1],
                 index,
                 since,
-                duration: started.elapsed(),
+                duration: now - started,
             });
         }
         match outcome {

@@ -191,14 +191,8 @@ struct MicroBatch {
 
 impl MicroBatch {
     fn of(slices: &[StepSlice], sent: Instant) -> MicroBatch {
-        let prefills = slices.iter().filter(|slice| slice.prefill).count();
-        let name = match prefills {
-            0 => "decode",
-            all if all == slices.len() => "prefill",
-            _ => "mixed",
-        };
         let request = if let [slice] = slices { Some(slice.request) } else { None };
-        MicroBatch { name, sent, rows: slices.iter().map(|slice| slice.rows).sum(), request }
+        MicroBatch { name: StepSlice::kind(slices), sent, rows: slices.iter().map(|slice| slice.rows).sum(), request }
     }
 
     fn step(&self, step_id: u64) -> Step<'static> {
