@@ -42,6 +42,16 @@ impl All {
     }
 }
 
+/// Keeps everything with its time.
+#[derive(Default)]
+struct Timed(Mutex<Vec<Arc<Record>>>);
+
+impl Collector for Timed {
+    fn record(&self, record: &Arc<Record>) {
+        self.0.lock().unwrap().push(record.clone());
+    }
+}
+
 fn everything() -> Interest {
     Interest {
         phases: Some(Duration::ZERO),
@@ -167,6 +177,36 @@ async fn every_request_is_told_from_its_arrival_to_its_end() {
     let sound = |state: &KvState| state.valid <= state.reserved && state.reserved <= state.limit;
     assert!(states.iter().all(sound), "{states:?}");
     assert!(states.iter().any(|state| state.sequences == 1 && state.valid >= PROMPT.len()), "{states:?}");
+}
+
+#[tokio::test]
+async fn every_micro_batch_is_told_to_its_end_and_lies_within_turns_of_the_scheduler() {
+    let timed = Arc::new(Timed::default());
+    let options = ExecutorOptions { probe: Probe::new(timed.clone()), ..ExecutorOptions::default() };
+    let executor = executor_with(DEMO_MODEL, "cpu,cpu", None, options).await.unwrap();
+    let prompts: Vec<Vec<u32>> = (1..4).map(|n| vec![n, 2, 3]).collect();
+    executor.infer_batch_with(&prompts, &greedy(8)).await.unwrap();
+    drop(executor.infer_stream(PROMPT.to_vec(), 1000, 0.0, 1.0)); // what it has in flight is wanted by nobody
+    executor.infer_with(&PROMPT, &greedy(3)).await.unwrap();
+    drop(executor);
+    let records = timed.0.lock().unwrap().clone();
+    let steps = |wanted: fn(&Event) -> Option<u64>| {
+        let mut steps: Vec<u64> = records.iter().filter_map(|record| wanted(&record.event)).collect();
+        steps.sort_unstable();
+        steps
+    };
+    let sent = steps(|event| if let Event::StepSent { step, .. } = event { Some(*step) } else { None });
+    let finished = steps(|event| if let Event::StepFinished { step, .. } = event { Some(*step) } else { None });
+    assert!(sent.len() > 10 && sent == finished, "{sent:?} {finished:?}");
+    let turns = records.iter().filter_map(|record| match record.event {
+        Event::SchedulerTurn { busy } => Some((record.at - busy, record.at)),
+        _ => None,
+    });
+    let turns: Vec<_> = turns.collect();
+    assert!(turns.windows(2).all(|pair| pair[0].1 <= pair[1].0), "one after the other");
+    for record in records.iter().filter(|record| matches!(record.event, Event::StepSent { .. })) {
+        assert!(turns.iter().any(|(from, until)| (from..=until).contains(&&record.at)), "{record:?}");
+    }
 }
 
 /// Attention weights of the prompt's last row: (layer, head, first, weights).

@@ -44,6 +44,7 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 
 use baseline::Baseline;
 use common::cases::Case;
+use common::instruments::Instruments;
 use common::{Flags, OutputFormat};
 use events::Log;
 use others::Others;

@@ -61,6 +61,18 @@ pub enum Event {
         /// Whose rows are in it.
         slices: Vec<StepSlice>,
     },
+    /// A micro-batch has left the stages, or they have died over it.
+    StepFinished {
+        /// Its number.
+        step: u64,
+        /// How.
+        outcome: StepOutcome,
+    },
+    /// The scheduler has done what there was to do, and waits for messages again.
+    SchedulerTurn {
+        /// Time since it had a message.
+        busy: Duration,
+    },
     /// A stage computed one micro-batch.
     StageStep {
         /// Index of the stage.
@@ -258,6 +270,18 @@ impl Outcome {
     }
 }
 
+/// How a micro-batch ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StepOutcome {
+    /// All stages computed it.
+    Computed,
+    /// All its requests had ended before; stages may have passed it by.
+    Unwanted,
+    /// A stage failed or died.
+    Failed,
+}
+
 /// A request's rows in a micro-batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StepSlice {
@@ -269,6 +293,17 @@ pub struct StepSlice {
     pub rows: usize,
     /// Whether they are of the prompt.
     pub prefill: bool,
+}
+
+impl StepSlice {
+    /// What a micro-batch of them is: `prefill`, `decode` or `mixed`.
+    pub fn kind(slices: &[StepSlice]) -> &'static str {
+        match slices.iter().filter(|slice| slice.prefill).count() {
+            0 => "decode",
+            prefills if prefills == slices.len() => "prefill",
+            _ => "mixed",
+        }
+    }
 }
 
 /// A part of the forward pass.

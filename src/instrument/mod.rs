@@ -7,11 +7,15 @@
 //! Some events cost time where they happen, so they are told only when a collector's [`Interest`] asks for them. Those
 //! are gathered during a forward pass by a [`Watch`].
 
+pub mod chrome;
 mod event;
 pub mod jsonl;
+mod line_file;
 pub mod metrics;
 pub mod prometheus;
+pub mod quantisation;
 pub mod queue;
+pub mod session_log;
 mod stats;
 mod watch;
 
@@ -19,8 +23,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use event::{
-    Event, KvState, Lap, LayerActivations, LensLayer, ModelFacts, Outcome, Phase, Record, StageFacts, StepSlice,
-    TensorFacts, TokenRank,
+    Event, KvState, Lap, LayerActivations, LensLayer, ModelFacts, Outcome, Phase, Record, StageFacts, StepOutcome,
+    StepSlice, TensorFacts, TokenRank,
 };
 pub use stats::TensorStats;
 pub use watch::{HiddenRow, StepPhases, Tap, Watch, Watcher, lens_layers, lens_tokens};
