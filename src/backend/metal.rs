@@ -240,7 +240,12 @@ impl StageBackend for MetalBackend {
             ids.dedup();
             match &self.fused {
                 // Who wants to see what is inside sees candle's steps, which round differently.
-                Some(fused) if !watch.looks_inside() && one_each && ids.len() == batch.slices.len() && (1..=MOST_ROWS).contains(&ids.len()) => {
+                Some(fused)
+                    if !watch.looks_inside()
+                        && one_each
+                        && ids.len() == batch.slices.len()
+                        && (1..=MOST_ROWS).contains(&ids.len()) =>
+                {
                     let kv = batch.slices.iter().map(|slice| self.candle.sequence(slice.id));
                     let kv = kv.collect::<Result<Vec<_>>>()?;
                     let x = match input {

@@ -223,6 +223,7 @@ impl Figures {
                 self.holdings.computed(state.valid);
             }
             Event::Dropped { events } => self.dropped += events,
+            Event::StepFinished { .. } | Event::SchedulerTurn { .. } => {}
             Event::Activations { .. } | Event::Attention { .. } | Event::Lens { .. } => {}
         }
     }
