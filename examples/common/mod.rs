@@ -2,10 +2,11 @@
 #![allow(dead_code)] // each example uses a part
 
 pub mod cases;
+pub mod logs;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -106,6 +107,8 @@ pub struct Flags {
     /// With JSON: also the logits of the last prompt position.
     #[arg(long)]
     pub logits: bool,
+    #[command(flatten)]
+    pub logs: logs::Logs,
 }
 
 impl Flags {
@@ -161,6 +164,8 @@ impl Flags {
 
     /// The same with executor options.
     pub async fn load_with(&self, options: ExecutorOptions) -> Result<HeterogeneousPipelineExecutor> {
+        let tokenizer: Arc<OnceLock<Tokenizer>> = Arc::default();
+        let options = ExecutorOptions { probe: options.probe.also(self.logs.start(&tokenizer)?), ..options };
         let devices = DeviceSpec::parse_list(&self.devices)?;
         let plan = self.pipeline()?;
         let model = self.model.clone();
@@ -174,6 +179,9 @@ impl Flags {
         let options = ExecutorOptions { progress: Some(progress), ..options };
         let executor = HeterogeneousPipelineExecutor::with_options(pipeline, &self.model, options).await?;
         bar.finish_and_clear();
+        if let Some(loaded) = executor.tokenizer() {
+            let _ = tokenizer.set(loaded.clone());
+        }
         if self.output_format != OutputFormat::None {
             eprintln!("ready in {:.2?}", executor.load_time());
         }
