@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use candle_pipeline::instrument::quantisation::QuantisationView;
-use candle_pipeline::{DEMO_MODEL, DeviceSpec, HeterogeneousPipeline, PipelineOptions};
+use candle_pipeline::{DEMO_MODEL, DeviceSpec, HeterogeneousPipeline};
 use clap::Parser;
 
 #[derive(Parser)]
@@ -37,9 +37,7 @@ fn main() -> ExitCode {
 
 fn run() -> Result<()> {
     let Arguments { model, devices, json } = Arguments::parse();
-    // One position of context, so that only the weights need room.
-    let options = PipelineOptions { context_length: Some(1), ..PipelineOptions::default() };
-    let pipeline = HeterogeneousPipeline::with_options(&DeviceSpec::parse_list(&devices)?, &model, options)?;
+    let pipeline = HeterogeneousPipeline::new(&DeviceSpec::parse_list(&devices)?, &model)?;
     let facts = pipeline.facts(0)?;
     let view = QuantisationView::of(&facts.tensors);
     if json {

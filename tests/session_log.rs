@@ -190,6 +190,14 @@ fn the_schema_refuses_what_is_wrong() {
 }
 
 #[test]
+fn the_sample_is_what_the_schema_says() {
+    let validator = validator();
+    for line in docs("samples/session-log.jsonl").lines() {
+        assert!(validator.is_valid(&serde_json::from_str(line).unwrap()), "{line}");
+    }
+}
+
+#[test]
 fn the_page_about_the_log_has_every_field_of_the_schema() {
     let (schema, page) = (schema(), docs("session-log.md"));
     let events = schema["$defs"].as_object().unwrap();

@@ -3,12 +3,13 @@
 
 pub mod cases;
 pub mod instruments;
+pub mod logs;
 pub mod ratio;
 
 use std::io::{IsTerminal, Write};
 use std::ops::Deref;
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -114,6 +115,8 @@ pub struct Flags {
     /// With JSON: also the logits of the last prompt position.
     #[arg(long)]
     pub logits: bool,
+    #[command(flatten)]
+    pub logs: logs::Logs,
 }
 
 impl Flags {
@@ -199,10 +202,14 @@ impl Flags {
             eprint!("{pipeline}");
         }
         let (progress, bar) = loading_bar(pipeline.stages().iter().map(|stage| stage.weight_bytes).sum());
-        let probe = options.probe.and(instruments.collectors());
+        let tokenizer: Arc<OnceLock<Tokenizer>> = Arc::default();
+        let probe = options.probe.and(instruments.collectors()).and(self.logs.start(&tokenizer)?);
         let options = ExecutorOptions { progress: Some(progress), probe, ..options };
         let executor = HeterogeneousPipelineExecutor::with_options(pipeline, &self.model, options).await?;
         bar.finish_and_clear();
+        if let Some(loaded) = executor.tokenizer() {
+            let _ = tokenizer.set(loaded.clone());
+        }
         if self.output_format != OutputFormat::None {
             eprintln!("ready in {:.2?}", executor.load_time());
         }

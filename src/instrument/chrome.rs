@@ -32,7 +32,7 @@ use serde_json::{Map, Value, json};
 
 use super::line_file::{Existing, LineFile};
 use super::queue::Sink;
-use super::{Event, Interest, Lap, ModelFacts, Outcome, Record, StepSlice};
+use super::{Event, Interest, Lap, ModelFacts, Outcome, Record, StepSlice, micros};
 use crate::error::Result;
 
 /// Process and thread numbers. Stages are threads from [`FIRST_STAGE`] on.
@@ -262,11 +262,6 @@ struct Slice<'a> {
     from: Instant,
     duration: Duration,
     args: Value,
-}
-
-/// Microseconds with fractions.
-fn micros(time: Duration) -> f64 {
-    time.as_nanos() as f64 / 1000.0
 }
 
 impl Sink for ChromeTrace {

@@ -92,6 +92,11 @@ pub struct LensInterest {
     pub top_k: usize,
 }
 
+/// Microseconds with fractions.
+fn micros(time: Duration) -> f64 {
+    time.as_nanos() as f64 / 1000.0
+}
+
 /// Both lists; an absent one is all.
 fn union(a: Option<Vec<usize>>, b: Option<Vec<usize>>) -> Option<Vec<usize>> {
     let mut all = a?;

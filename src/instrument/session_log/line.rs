@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::instrument::{KvState, LayerActivations, ModelFacts, Outcome, StepOutcome, TensorFacts, TensorStats};
+use crate::instrument::{
+    KvState, LayerActivations, ModelFacts, Outcome, StepOutcome, TensorFacts, TensorStats, micros,
+};
 
 /// Version of the schema. It is raised when a field changes its meaning or goes; fields may be added within one.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -209,8 +211,8 @@ impl<'a> Body<'a> {
     }
 
     pub fn step_end(step: Step<'a>, duration: Duration) -> Body<'a> {
-        let duration_us = micros(duration);
-        Body::StepEnd { step, duration_us, duration_ms: duration_us / 1000.0, outcome: None, account: None }
+        let duration_ms = duration.as_nanos() as f64 / 1e6;
+        Body::StepEnd { step, duration_us: micros(duration), duration_ms, outcome: None, account: None }
     }
 
     pub fn request_end(
@@ -278,9 +280,4 @@ pub fn tensors_of(layer: &LayerActivations) -> [(&'static str, TensorStats); 5] 
         ("post_ffn", layer.post_ffn),
         ("output", layer.output),
     ]
-}
-
-/// Microseconds with fractions.
-pub fn micros(time: Duration) -> f64 {
-    time.as_nanos() as f64 / 1000.0
 }

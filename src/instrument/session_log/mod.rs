@@ -31,11 +31,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 pub use line::SCHEMA_VERSION;
-use line::{Account, Body, Step, micros, tensors_of};
+use line::{Account, Body, Step, tensors_of};
 
 use super::line_file::{Existing, LineFile};
 use super::queue::Sink;
-use super::{Event, Interest, Lap, LayerActivations, ModelFacts, Outcome, Record, StepSlice};
+use super::{Event, Interest, Lap, LayerActivations, ModelFacts, Outcome, Record, StepSlice, micros};
 use crate::error::{Error, Result};
 
 /// How often a detailed log has the layers of a step of each stage. All of them would cost more than the rest.
