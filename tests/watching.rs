@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use candle_pipeline::instrument::{
 use candle_pipeline::{
     DEMO_MODEL, DeviceSpec, ExecutorOptions, GenerationOptions, HeterogeneousPipeline, KvType, PipelineOptions,
 };
-use common::{bits, executor_with, fixture, greedy};
+use common::{Meddling, bits, executor_with, fixture, greedy};
 use futures::StreamExt;
 
 /// Keeps everything.
@@ -165,6 +166,53 @@ async fn every_request_is_told_from_its_arrival_to_its_end() {
     let sound = |state: &KvState| state.valid <= state.reserved && state.reserved <= state.limit;
     assert!(states.iter().all(sound), "{states:?}");
     assert!(states.iter().any(|state| state.sequences == 1 && state.valid >= PROMPT.len()), "{states:?}");
+}
+
+#[tokio::test]
+async fn every_step_that_is_sent_ends_once_and_nothing_is_told_of_it_afterwards() {
+    // Untouched, with an error in a stage, and with a panic.
+    for (error_at, panic_at) in [(0, 0), (2, 0), (0, 2)] {
+        let all = All::wanting(everything());
+        let meddling = Arc::new(Meddling::default());
+        meddling.error_at.store(error_at, Ordering::SeqCst);
+        meddling.panic_at.store(panic_at, Ordering::SeqCst);
+        let options = ExecutorOptions { probe: Probe::new(all.clone()), prefill_chunk: 8, ..meddling.options() };
+        let executor = executor_with(DEMO_MODEL, "cpu,cpu", Some(&[5, 3]), options).await.unwrap();
+        let mut cancelled = executor.infer_stream(PROMPT.to_vec(), 100_000, 0.0, 1.0);
+        let outcome = executor.infer_with(&PROMPT, &greedy(4)).await;
+        assert_eq!(outcome.is_ok(), (error_at, panic_at) == (0, 0));
+        let _ = cancelled.next().await;
+        drop(cancelled);
+        drop(executor);
+        let events = all.events();
+        let numbers = |event: &Event| match *event {
+            Event::StepSent { step, .. } => Some((step, false)),
+            Event::StepEnded { step, .. } => Some((step, true)),
+            _ => None,
+        };
+        let (ended, sent): (Vec<_>, Vec<_>) = events.iter().filter_map(numbers).partition(|(_, ended)| *ended);
+        let steps = |told: Vec<(u64, bool)>| {
+            let mut steps: Vec<_> = told.into_iter().map(|(step, _)| step).collect();
+            steps.sort_unstable();
+            steps
+        };
+        // What is under way when the last handle goes ends with the threads.
+        let (sent, ended) = (steps(sent), steps(ended));
+        assert!(ended.len() >= 2 && sent.starts_with(&ended), "{sent:?} {ended:?}");
+        assert!(sent.len() - ended.len() <= 2, "{sent:?} {ended:?}");
+        let failed = events.iter().filter(|event| matches!(event, Event::StepEnded { failed: true, .. })).count();
+        assert_eq!(failed > 0, outcome.is_err());
+        let mut over = std::collections::HashSet::new();
+        for event in &events {
+            match event {
+                Event::StepEnded { step, failed: false } => assert!(over.insert(*step), "{step} ends twice"),
+                Event::StageStep { step, .. } | Event::Activations { step, .. } | Event::Lens { step, .. } => {
+                    assert!(!over.contains(step), "{event:?}");
+                }
+                _ => {}
+            }
+        }
+    }
 }
 
 /// Attention weights of the prompt's last row: (layer, head, first, weights).

@@ -80,6 +80,14 @@ pub enum Event {
         /// Bytes of activations handed to the next stage; 0 from the last one.
         bytes: u64,
     },
+    /// A micro-batch left the stages, and the tokens that came of it have been told. Nothing more is told of it but
+    /// [`Event::Kv`].
+    StepEnded {
+        /// Its number.
+        step: u64,
+        /// Whether a stage failed on it. One that nobody wanted any more did not fail, but later stages passed it by.
+        failed: bool,
+    },
     /// Where the time of a stage's forward pass went, see [`Interest::phases`](super::Interest::phases).
     Phases {
         /// Index of the stage.

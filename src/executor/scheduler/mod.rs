@@ -275,8 +275,9 @@ impl Scheduler {
             }
             Message::Stage(StageReply::OpenFailed { id, error }) => self.fail(id, error),
             Message::Stage(StageReply::StepFailed { step, error }) => {
-                for slice in self.steps.remove(&step).into_iter().flat_map(|step| step.slices) {
-                    self.fail(slice.id, error.clone());
+                if let Some(failed) = self.steps.remove(&step) {
+                    failed.slices.iter().for_each(|slice| self.fail(slice.id, error.clone()));
+                    self.probe.emit(|| Event::StepEnded { step, failed: true });
                 }
             }
             Message::Stage(StageReply::Died { error }) => {
@@ -284,14 +285,17 @@ impl Scheduler {
                 let error = self.dead.get_or_insert(error).clone();
                 let _ = self.failed.set(error.clone());
                 self.fail_all(&error);
+                for step in std::mem::take(&mut self.steps).into_keys() {
+                    self.probe.emit(|| Event::StepEnded { step, failed: true });
+                }
             }
         }
         true
     }
 
     /// A step has left the stages. Some of its sequences may have ended in the meantime.
-    fn landed(&mut self, step: u64, logits: Vec<(SequenceId, Vec<f32>)>, slowest: Duration) {
-        let Some(step) = self.steps.remove(&step) else { return };
+    fn landed(&mut self, number: u64, logits: Vec<(SequenceId, Vec<f32>)>, slowest: Duration) {
+        let Some(step) = self.steps.remove(&number) else { return };
         let mut logits: HashMap<SequenceId, Vec<f32>> = logits.into_iter().collect();
         let mut wanted = false;
         for slice in step.slices {
@@ -308,6 +312,7 @@ impl Scheduler {
         if wanted {
             self.budget.landed(step.decode_rows, step.prefill_rows, slowest);
         }
+        self.probe.emit(|| Event::StepEnded { step: number, failed: false });
         if self.probe.interest().is_some_and(|interest| interest.kv) {
             self.probe.emit(|| Event::Kv(self.kv_state()));
         }
