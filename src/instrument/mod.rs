@@ -11,6 +11,7 @@ mod event;
 pub mod queue;
 mod stats;
 mod watch;
+pub mod tracer;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

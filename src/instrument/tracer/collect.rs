@@ -80,6 +80,8 @@ impl RunningTracer {
     }
 
     /// What it has found of everything that was told before this call.
+    ///
+    /// A step is over a moment after its tokens are out: drop the executor first to have the last one too.
     pub fn snapshot(&self) -> TracerSnapshot {
         self.flush();
         self.handle.snapshot()

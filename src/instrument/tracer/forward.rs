@@ -25,12 +25,16 @@ pub struct ForwardTrace {
     pub attention: Vec<AttentionTrace>,
     /// One for each request that wanted logits.
     pub logits: Vec<LogitTrace>,
+}
+
+/// One that is under way.
+#[derive(Debug, Default)]
+pub(super) struct Open {
+    pub trace: ForwardTrace,
     /// Stages that have computed it.
-    #[serde(skip)]
-    pub(super) stages: usize,
+    pub stages: usize,
     /// Whether anything was wrong, kept or not.
-    #[serde(skip)]
-    pub(super) anomalous: bool,
+    pub anomalous: bool,
 }
 
 /// What an entry takes beside the forward pass itself: pointers and counts of the containers.
@@ -43,7 +47,7 @@ impl ForwardTrace {
         let inner: usize = attention.iter().map(|trace| trace.bytes() - size_of::<AttentionTrace>()).sum::<usize>()
             + logits.iter().map(|trace| trace.bytes() - size_of::<LogitTrace>()).sum::<usize>();
         ENTRY_BYTES
-            + size_of::<Self>()
+            + size_of::<Open>()
             + room_of(slices)
             + room_of(layers)
             + room_of(anomalies)
@@ -76,7 +80,7 @@ const MOST_OPEN: usize = 256;
 /// Forward passes under way, and the latest of those that are over.
 #[derive(Debug, Default)]
 pub(super) struct Forwards {
-    open: BTreeMap<u64, ForwardTrace>,
+    open: BTreeMap<u64, Open>,
     ended: VecDeque<Arc<ForwardTrace>>,
     /// Of all of them.
     bytes: usize,
@@ -97,9 +101,19 @@ impl Forwards {
         self.ended.iter()
     }
 
-    /// Those that are under way, oldest first.
-    pub fn open_mut(&mut self) -> impl DoubleEndedIterator<Item = &mut ForwardTrace> {
-        self.open.values_mut()
+    /// Steps that are under way, oldest first.
+    pub fn open(&self) -> impl Iterator<Item = u64> {
+        self.open.keys().copied()
+    }
+
+    /// Traces of rows in steps that are under way, the latest step first.
+    pub fn open_logits(&mut self) -> impl Iterator<Item = &mut LogitTrace> {
+        self.open.values_mut().rev().flat_map(|open| &mut open.trace.logits)
+    }
+
+    /// Stages that have computed a step; 0 where it is not under way.
+    pub fn stages(&self, step: u64) -> usize {
+        self.open.get(&step).map_or(0, |open| open.stages)
     }
 
     /// Forgets all.
@@ -108,19 +122,19 @@ impl Forwards {
     }
 
     /// The forward pass of a step, begun if it is not under way. `None` when there is no room.
-    pub fn at(&mut self, step: u64, max_bytes: usize) -> Option<&mut ForwardTrace> {
+    pub fn at(&mut self, step: u64, max_bytes: usize) -> Option<&mut Open> {
         if !self.open.contains_key(&step) {
             while self.open.len() >= MOST_OPEN {
                 self.forget_oldest_open(step);
             }
-            let forward = ForwardTrace { step, ..ForwardTrace::default() };
-            let bytes = forward.bytes();
+            let trace = ForwardTrace { step, ..ForwardTrace::default() };
+            let bytes = trace.bytes();
             if !self.make_room(bytes, step, max_bytes) {
                 self.refused += 1;
                 return None;
             }
             self.bytes += bytes;
-            self.open.insert(step, forward);
+            self.open.insert(step, Open { trace, ..Open::default() });
         }
         self.open.get_mut(&step)
     }
@@ -135,15 +149,15 @@ impl Forwards {
         inner: usize,
         max_bytes: usize,
     ) {
-        let Some(forward) = self.at(step, max_bytes) else { return };
-        let more = growth(list(forward));
+        let Some(open) = self.at(step, max_bytes) else { return };
+        let more = growth(list(&mut open.trace));
         let bytes = more * size_of::<T>() + inner;
         if !self.make_room(bytes, step, max_bytes) {
             self.refused += 1;
             return;
         }
-        if let Some(forward) = self.open.get_mut(&step) {
-            let items = list(forward);
+        if let Some(open) = self.open.get_mut(&step) {
+            let items = list(&mut open.trace);
             let before = room_of(items);
             items.reserve_exact(more);
             items.push(item);
@@ -153,7 +167,7 @@ impl Forwards {
 
     /// The step is over: it is kept with the others. `None` when it was not under way.
     pub fn end(&mut self, step: u64, complete: bool) -> Option<Arc<ForwardTrace>> {
-        let mut forward = self.open.remove(&step)?;
+        let mut forward = self.open.remove(&step)?.trace;
         self.bytes -= forward.bytes();
         forward.complete = complete;
         forward.shrink();
@@ -181,8 +195,8 @@ impl Forwards {
     /// Forgets the oldest step under way that is not `step`; false when there is none.
     fn forget_oldest_open(&mut self, step: u64) -> bool {
         let oldest = self.open.keys().copied().find(|other| *other != step);
-        let Some(forward) = oldest.and_then(|oldest| self.open.remove(&oldest)) else { return false };
-        self.bytes -= forward.bytes();
+        let Some(open) = oldest.and_then(|oldest| self.open.remove(&oldest)) else { return false };
+        self.bytes -= open.trace.bytes();
         self.evicted += 1;
         true
     }
@@ -190,6 +204,7 @@ impl Forwards {
     /// Bytes by going through everything.
     #[cfg(test)]
     pub fn recounted(&self) -> usize {
-        self.open.values().map(ForwardTrace::bytes).chain(self.ended.iter().map(|forward| forward.bytes())).sum()
+        let open = self.open.values().map(|open| open.trace.bytes());
+        open.chain(self.ended.iter().map(|forward| forward.bytes())).sum()
     }
 }

@@ -147,7 +147,7 @@ impl ModelTracerConfig {
         }
         let AnomalyThresholds { explosion, variance, vanishing } = self.thresholds;
         for (option, value) in [("explosion", explosion), ("variance", variance), ("vanishing", vanishing)] {
-            if !(value >= 0.0) {
+            if value.is_nan() || value < 0.0 {
                 return Err(Error::option(option, format!("is {value}, expected a number of at least 0")));
             }
         }
@@ -244,8 +244,8 @@ impl ModelTracer {
             if earlier.is_none_or(|earlier| order((step, *first)) < order(earlier)) {
                 self.totals.first_anomaly = Some((step, *first));
             }
-            if let Some(forward) = self.forwards.at(step, most)
-                && !std::mem::replace(&mut forward.anomalous, true)
+            if let Some(open) = self.forwards.at(step, most)
+                && !std::mem::replace(&mut open.anomalous, true)
             {
                 self.totals.anomalies += 1;
             }
@@ -298,8 +298,7 @@ impl ModelTracer {
 
     /// A request's token was chosen from the logits that were last traced of it, in a step that is not over.
     pub fn record_chosen(&mut self, request: u64, token: u32) {
-        let traces = self.forwards.open_mut().rev().flat_map(|forward| &mut forward.logits);
-        let mut open = traces.filter(|trace| trace.request == request && trace.chosen.is_none());
+        let mut open = self.forwards.open_logits().filter(|trace| trace.request == request && trace.chosen.is_none());
         if let Some(trace) = open.next() {
             trace.chosen = Some(token);
         }
@@ -333,7 +332,7 @@ impl ModelTracer {
         match event {
             Event::ModelOpened(facts) => {
                 // A new executor numbers its steps from the beginning.
-                let unfinished: Vec<u64> = self.forwards.open_mut().map(|forward| forward.step).collect();
+                let unfinished: Vec<u64> = self.forwards.open().collect();
                 unfinished.into_iter().for_each(|step| _ = self.end(step, false));
                 self.stages = facts.stages.len();
                 self.kv.open(facts.stages.iter().map(|stage| stage.kv_bytes_per_position).sum());
@@ -348,15 +347,14 @@ impl ModelTracer {
             }
             Event::Lens { request, step, position, layers } => self.record_lens(*step, *request, *position, layers),
             Event::StageStep { step, .. } if self.config.is_enabled() => {
-                if let Some(forward) = self.forwards.at(*step, self.config.forward_bytes()) {
-                    forward.stages += 1;
+                if let Some(open) = self.forwards.at(*step, self.config.forward_bytes()) {
+                    open.stages += 1;
                 }
             }
             Event::Sampled { request, token, .. } => self.record_chosen(*request, *token),
             Event::StepEnded { step, failed } => {
-                let computed =
-                    self.forwards.open_mut().find(|forward| forward.step == *step).map(|forward| forward.stages);
-                self.end(*step, !failed && computed >= Some(self.stages.max(1)));
+                let computed = self.forwards.stages(*step) >= self.stages.max(1);
+                self.end(*step, computed && !failed);
             }
             Event::Kv(state) => _ = self.record_kv(state),
             Event::Dropped { events } => self.totals.dropped_events += events,
