@@ -10,3 +10,4 @@ pub mod stage_weights;
 pub mod linear;
 pub mod mask;
 pub mod rope;
+pub mod quantisation;
