@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use candle_pipeline::backend::fused::{self, FusedBuffers};
 use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource};
+use candle_pipeline::instrument::Watch;
 use candle_pipeline::kernels::dequantise;
 use candle_pipeline::model::config::DecoderConfig;
 use candle_pipeline::model::rope::Ropes;
@@ -194,7 +195,7 @@ fn source_of(file: &str) -> StageSource {
 
 fn cpu_step(backend: &mut dyn StageBackend, id: SequenceId, token: u32, position: usize) -> Vec<f32> {
     let slice = SequenceSlice { id, position, len: 1, length: position + 1, logits: true };
-    match backend.forward(&MicroBatch { slices: vec![slice], tokens: vec![token] }, None).unwrap() {
+    match backend.forward(&MicroBatch { slices: vec![slice], tokens: vec![token] }, None, &mut Watch::off()).unwrap() {
         StageOutput::Logits(mut logits) => logits.remove(0),
         StageOutput::Activations(_) => unreachable!("a whole model returns logits"),
     }

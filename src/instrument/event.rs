@@ -61,7 +61,8 @@ pub enum Event {
         /// Whose rows are in it.
         slices: Vec<StepSlice>,
     },
-    /// A micro-batch has left the stages, or they have died over it.
+    /// A micro-batch has left the stages, or they have died over it, and what came of it has been told: nothing more is
+    /// told of it but [`Event::Kv`].
     StepFinished {
         /// Its number.
         step: u64,
@@ -175,6 +176,20 @@ pub enum Event {
     },
 }
 
+impl Event {
+    /// Bytes that it holds beside itself, where that may be much: what a queue counts against its limit.
+    pub fn heap_bytes(&self) -> usize {
+        match self {
+            Event::RequestQueued { prompt, .. } => size_of_val(prompt.as_slice()),
+            Event::Activations { layers, .. } => size_of_val(layers.as_slice()),
+            Event::Attention { weights, .. } => size_of_val(weights.as_slice()),
+            Event::Lens { layers, .. } => layers.iter().map(LensLayer::bytes).sum(),
+            Event::Phases { laps, .. } => size_of_val(laps.as_slice()),
+            _ => 0,
+        }
+    }
+}
+
 /// What is known of a model before it is loaded.
 #[derive(Debug, Clone, PartialEq, Default, serde::Serialize)]
 pub struct ModelFacts {
@@ -283,7 +298,7 @@ pub enum StepOutcome {
 }
 
 /// A request's rows in a micro-batch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 pub struct StepSlice {
     /// The request's number.
     pub request: u64,
@@ -407,6 +422,13 @@ pub struct LensLayer {
     pub tracked: Vec<TokenRank>,
 }
 
+impl LensLayer {
+    /// Bytes that it takes.
+    pub fn bytes(&self) -> usize {
+        size_of::<Self>() + size_of_val(self.top.as_slice()) + size_of_val(self.tracked.as_slice())
+    }
+}
+
 /// A followed token at one layer.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
 pub struct TokenRank {
@@ -414,7 +436,7 @@ pub struct TokenRank {
     pub token: u32,
     /// Its logit.
     pub logit: f32,
-    /// Tokens with a greater logit.
+    /// Tokens with a greater logit. NaN is less than every number.
     pub rank: usize,
 }
 

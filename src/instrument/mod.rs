@@ -18,6 +18,7 @@ pub mod queue;
 pub mod session_log;
 mod stats;
 mod watch;
+pub mod tracer;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -256,7 +256,7 @@ pub fn lens_layers(interest: &LensInterest, logits: &[(usize, Vec<f32>)]) -> Vec
     let tokens = lens_tokens(interest, last);
     let followed = |logits: &[f32], token: u32| {
         let logit = *logits.get(token as usize)?;
-        let rank = logits.iter().filter(|&&other| other > logit).count();
+        let rank = logits.iter().filter(|&&other| greater(other, logit)).count();
         Some(TokenRank { token, logit, rank })
     };
     let layer = |(layer, logits): &(usize, Vec<f32>)| LensLayer {
@@ -267,12 +267,17 @@ pub fn lens_layers(interest: &LensInterest, logits: &[(usize, Vec<f32>)]) -> Vec
     logits.iter().map(layer).collect()
 }
 
+/// Whether a logit is greater than another. NaN is less than every number, so that it does not seem the favourite.
+fn greater(a: f32, b: f32) -> bool {
+    a > b || (b.is_nan() && !a.is_nan())
+}
+
 /// The `k` greatest values and where they are, the greatest first; equal ones in order.
 fn top(logits: &[f32], k: usize) -> Vec<(u32, f32)> {
     let mut best: Vec<(u32, f32)> = Vec::with_capacity(k + 1);
     for (token, &logit) in logits.iter().enumerate() {
-        if best.len() < k || best.last().is_some_and(|(_, least)| logit > *least) {
-            let place = best.partition_point(|(_, other)| *other >= logit);
+        if best.len() < k || best.last().is_some_and(|(_, least)| greater(logit, *least)) {
+            let place = best.partition_point(|(_, other)| !greater(logit, *other));
             best.insert(place, (token as u32, logit));
             best.truncate(k);
         }
@@ -349,6 +354,11 @@ mod tests {
         assert_eq!(layers[1].top, [(2, 9.0), (3, 2.0)]);
         let ranks: Vec<_> = layers[0].tracked.iter().map(|tracked| (tracked.token, tracked.rank)).collect();
         assert_eq!(ranks, [(2, 2), (3, 0)]);
+        let broken = lens_layers(&interest, &[(0, vec![f32::NAN, 5.0, f32::NAN, 7.0])]);
+        assert_eq!(broken[0].top, [(3, 7.0), (1, 5.0)]);
+        let broken = lens_layers(&LensInterest { tokens: vec![0, 1], top_k: 1 }, &[(0, vec![f32::NAN, 5.0, 6.0])]);
+        let ranks: Vec<_> = broken[0].tracked.iter().map(|tracked| tracked.rank).collect();
+        assert_eq!(ranks, [2, 1], "NaN is behind all numbers");
         let given = lens_layers(&LensInterest { tokens: vec![0, 99], top_k: 1 }, &[(0, vec![1.0, 5.0])]);
         assert_eq!(given[0].tracked, [TokenRank { token: 0, logit: 1.0, rank: 1 }], "99 is no token");
     }

@@ -293,10 +293,8 @@ impl Scheduler {
             Message::Stage(StageReply::OpenFailed { id, error }) => self.fail(id, error),
             Message::Stage(StageReply::StepFailed { step, error }) => {
                 if let Some(failed) = self.steps.remove(&step) {
+                    failed.slices.iter().for_each(|slice| self.fail(slice.id, error.clone()));
                     self.probe.emit(|| Event::StepFinished { step, outcome: StepOutcome::Failed });
-                    for slice in failed.slices {
-                        self.fail(slice.id, error.clone());
-                    }
                 }
             }
             Message::Stage(StageReply::Died { error }) => {
