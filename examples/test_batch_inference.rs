@@ -24,9 +24,6 @@ use common::{Flags, OutputFormat};
 struct Arguments {
     #[command(flatten)]
     flags: Flags,
-    /// Sequences to run; the prompts are repeated in turn. One for each prompt when absent.
-    #[arg(long)]
-    sequences: Option<usize>,
     /// Run the prompts one after the other first, to see what the batch gains.
     #[arg(long)]
     compare: bool,
@@ -41,13 +38,14 @@ async fn main() -> ExitCode {
 }
 
 async fn run() -> anyhow::Result<()> {
-    let Arguments { flags, sequences, compare, prometheus } = Arguments::parse();
+    let Arguments { flags, compare, prometheus } = Arguments::parse();
     let mut instruments = Instruments::default();
     let metrics = prometheus.as_ref().map(|_| instruments.metrics(MetricsOptions::default())).transpose()?;
     let executor = flags.load_watched(ExecutorOptions::default(), instruments).await?;
     let defaults = ["Once upon a time", "One sunny morning", "There was a little"];
     let prompts = flags.prompts(executor.tokenizer(), &defaults)?;
-    let sequences = sequences.unwrap_or(prompts.len());
+    // With --sequences above the number of prompts they are repeated in turn.
+    let sequences = flags.sequences.max(prompts.len());
     let prompts: Vec<_> = prompts.into_iter().cycle().take(sequences).collect();
     // What is compared is batching; equal beginnings would be computed once otherwise.
     let options = GenerationOptions { reuse_prefix: !compare, ..flags.generation() };

@@ -49,7 +49,7 @@ pub struct Flags {
     /// What a measured split is to be best at: latency (of one sequence) or throughput (of all).
     #[arg(long, default_value = "latency")]
     pub objective: Objective,
-    /// Sequences at once that a measured split is for.
+    /// Sequences at once: those that a measured split is for, and those that an example which runs several runs.
     #[arg(long, default_value_t = 1)]
     pub sequences: usize,
     /// File that keeps what a measured split has measured; in the user's cache folder when absent.
@@ -267,7 +267,8 @@ impl Deref for Loaded {
     }
 }
 
-fn parse_ids(list: &str) -> Result<Vec<u32>> {
+/// Token ids with commas between them.
+pub fn parse_ids(list: &str) -> Result<Vec<u32>> {
     let id = |id: &str| id.trim().parse().with_context(|| format!("--token-ids: `{id}` is no token id"));
     list.split(',').filter(|id| !id.trim().is_empty()).map(id).collect()
 }
