@@ -93,7 +93,7 @@ async fn run() -> anyhow::Result<()> {
         OutputFormat::None => {}
     }
     eprintln!(
-        "{} prompt tokens, {} generated, first after {ttft:.1?}, then {decode_rate:.1} tokens/s",
+        "{} prompt tokens, {} generated at {rate:.1} tokens/s, first after {ttft:.1?}, then {decode_rate:.1} tokens/s",
         prompt.len(),
         tokens.len()
     );

@@ -49,6 +49,7 @@ pub use executor::{
 };
 pub use kernels::kv::KvType;
 pub use kernels::simd::Isa;
+pub use metal_ext::{ColumnsPerThreadgroup, MetalExtOptions, SoftmaxBackend};
 pub use pipeline::plan::{Objective, Plan};
 pub use pipeline::transfer::{LinkOptions, SimulatedLink, WireType};
 pub use pipeline::{HeterogeneousPipeline, MeasuredSplit, PipelineOptions, Split, StagePlan};

@@ -2,17 +2,19 @@
 
 mod common;
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use candle_pipeline::backend::{CandleBackend, MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput};
 use candle_pipeline::instrument::{
-    AttentionFilter, Collector, Event, Interest, KvState, LensInterest, LensLayer, Outcome, Phase, Probe, Record, Watch,
+    AttentionFilter, Collector, Event, Interest, KvState, LensInterest, LensLayer, Outcome, Phase, Probe, Record,
+    StepOutcome, Watch,
 };
 use candle_pipeline::{
     DEMO_MODEL, DeviceSpec, ExecutorOptions, GenerationOptions, HeterogeneousPipeline, KvType, PipelineOptions,
 };
-use common::{bits, executor_with, fixture, greedy};
+use common::{Meddling, bits, executor_with, fixture, greedy};
 use futures::StreamExt;
 
 /// Keeps everything.
@@ -39,6 +41,16 @@ impl All {
 
     fn events(&self) -> Vec<Event> {
         self.events.lock().unwrap().clone()
+    }
+}
+
+/// Keeps everything with its time.
+#[derive(Default)]
+struct Timed(Mutex<Vec<Arc<Record>>>);
+
+impl Collector for Timed {
+    fn record(&self, record: &Arc<Record>) {
+        self.0.lock().unwrap().push(record.clone());
     }
 }
 
@@ -70,7 +82,9 @@ async fn watching_changes_no_bit_and_each_cut_shows_the_same() {
 
         let events = all.events();
         assert!(matches!(&events[0], Event::ModelOpened(facts)
-            if facts.n_layer == 8 && facts.stages.len() == cut.len() && facts.tensors.len() > 60));
+            if facts.n_layer == 8 && facts.stages.len() == cut.len() && facts.tensors.len() > 60
+                && facts.stages.iter().all(|stage| stage.weight_bytes
+                    == stage.embedding_bytes + stage.layer_bytes.iter().sum::<u64>() + stage.head_bytes)));
         let lens: Vec<_> = events
             .iter()
             .filter_map(|event| match event {
@@ -165,6 +179,91 @@ async fn every_request_is_told_from_its_arrival_to_its_end() {
     let sound = |state: &KvState| state.valid <= state.reserved && state.reserved <= state.limit;
     assert!(states.iter().all(sound), "{states:?}");
     assert!(states.iter().any(|state| state.sequences == 1 && state.valid >= PROMPT.len()), "{states:?}");
+}
+
+#[tokio::test]
+async fn every_micro_batch_is_told_to_its_end_and_lies_within_turns_of_the_scheduler() {
+    let timed = Arc::new(Timed::default());
+    let options = ExecutorOptions { probe: Probe::new(timed.clone()), ..ExecutorOptions::default() };
+    let executor = executor_with(DEMO_MODEL, "cpu,cpu", None, options).await.unwrap();
+    let prompts: Vec<Vec<u32>> = (1..4).map(|n| vec![n, 2, 3]).collect();
+    executor.infer_batch_with(&prompts, &greedy(8)).await.unwrap();
+    drop(executor.infer_stream(PROMPT.to_vec(), 1000, 0.0, 1.0)); // what it has in flight is wanted by nobody
+    executor.infer_with(&PROMPT, &greedy(3)).await.unwrap();
+    drop(executor);
+    let records = timed.0.lock().unwrap().clone();
+    let steps = |wanted: fn(&Event) -> Option<u64>| {
+        let mut steps: Vec<u64> = records.iter().filter_map(|record| wanted(&record.event)).collect();
+        steps.sort_unstable();
+        steps
+    };
+    let sent = steps(|event| if let Event::StepSent { step, .. } = event { Some(*step) } else { None });
+    let finished = steps(|event| if let Event::StepFinished { step, .. } = event { Some(*step) } else { None });
+    assert!(sent.len() > 10 && sent == finished, "{sent:?} {finished:?}");
+    let turns = records.iter().filter_map(|record| match record.event {
+        Event::SchedulerTurn { busy } => Some((record.at - busy, record.at)),
+        _ => None,
+    });
+    let turns: Vec<_> = turns.collect();
+    assert!(turns.windows(2).all(|pair| pair[0].1 <= pair[1].0), "one after the other");
+    for record in records.iter().filter(|record| matches!(record.event, Event::StepSent { .. })) {
+        assert!(turns.iter().any(|(from, until)| (from..=until).contains(&&record.at)), "{record:?}");
+    }
+}
+
+#[tokio::test]
+async fn every_step_that_is_sent_ends_once_and_nothing_is_told_of_it_afterwards() {
+    // With a request that is cancelled, with an error in a stage, and with a panic.
+    for (error_at, panic_at) in [(0, 0), (2, 0), (0, 2)] {
+        let all = All::wanting(everything());
+        let meddling = Arc::new(Meddling::default());
+        meddling.error_at.store(error_at, Ordering::SeqCst);
+        meddling.panic_at.store(panic_at, Ordering::SeqCst);
+        let options = ExecutorOptions { probe: Probe::new(all.clone()), prefill_chunk: 8, ..meddling.options() };
+        let executor = executor_with(DEMO_MODEL, "cpu,cpu", Some(&[5, 3]), options).await.unwrap();
+        let sound = (error_at, panic_at) == (0, 0);
+        let mut cancelled = sound.then(|| executor.infer_stream(PROMPT.to_vec(), 100_000, 0.0, 1.0));
+        let outcome = executor.infer_with(&PROMPT, &greedy(4)).await;
+        assert_eq!(outcome.is_ok(), sound);
+        if let Some(stream) = &mut cancelled {
+            stream.next().await.unwrap().unwrap();
+        }
+        drop(cancelled);
+        drop(executor);
+        let events = all.events();
+        let numbers = |event: &Event| match *event {
+            Event::StepSent { step, .. } => Some((step, false)),
+            Event::StepFinished { step, .. } => Some((step, true)),
+            _ => None,
+        };
+        let (ended, sent): (Vec<_>, Vec<_>) = events.iter().filter_map(numbers).partition(|(_, ended)| *ended);
+        let steps = |told: Vec<(u64, bool)>| {
+            let mut steps: Vec<_> = told.into_iter().map(|(step, _)| step).collect();
+            steps.sort_unstable();
+            steps
+        };
+        // What is under way when the last handle goes ends with the threads.
+        let (sent, ended) = (steps(sent), steps(ended));
+        assert!(ended.len() >= 2 && sent.starts_with(&ended), "{sent:?} {ended:?}");
+        assert!(sent.len() - ended.len() <= 2, "{sent:?} {ended:?}");
+        let failed = events
+            .iter()
+            .filter(|event| matches!(event, Event::StepFinished { outcome: StepOutcome::Failed, .. }))
+            .count();
+        assert_eq!(failed > 0, outcome.is_err());
+        let mut over = std::collections::HashSet::new();
+        for event in &events {
+            match event {
+                Event::StepFinished { step, outcome } if *outcome != StepOutcome::Failed => {
+                    assert!(over.insert(*step), "{step} ends twice")
+                }
+                Event::StageStep { step, .. } | Event::Activations { step, .. } | Event::Lens { step, .. } => {
+                    assert!(!over.contains(step), "{event:?}");
+                }
+                _ => {}
+            }
+        }
+    }
 }
 
 /// Attention weights of the prompt's last row: (layer, head, first, weights).

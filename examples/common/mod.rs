@@ -2,21 +2,26 @@
 #![allow(dead_code)] // each example uses a part
 
 pub mod cases;
+pub mod instruments;
+pub mod logs;
 pub mod ratio;
 
 use std::io::{IsTerminal, Write};
+use std::ops::Deref;
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use candle_pipeline::weights::WeightType;
 use candle_pipeline::{
     ChatMessage, DEMO_MODEL, DeviceSpec, ExecutorOptions, GenerationOptions, HeterogeneousPipeline,
-    HeterogeneousPipelineExecutor, Isa, KvType, LinkOptions, MeasuredSplit, Objective, PipelineOptions, SimulatedLink,
-    Split, StageStats, Tokenizer, WireType,
+    HeterogeneousPipelineExecutor, Isa, KvType, LinkOptions, MeasuredSplit, MetalExtOptions, Objective,
+    PipelineOptions, SimulatedLink, Split, StageStats, Tokenizer, WireType,
 };
 use clap::{Parser, ValueEnum};
+
+use self::instruments::Instruments;
 
 /// What goes to stdout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -44,7 +49,7 @@ pub struct Flags {
     /// What a measured split is to be best at: latency (of one sequence) or throughput (of all).
     #[arg(long, default_value = "latency")]
     pub objective: Objective,
-    /// Sequences at once that a measured split is for.
+    /// Sequences at once: those that a measured split is for, and those that an example which runs several runs.
     #[arg(long, default_value_t = 1)]
     pub sequences: usize,
     /// File that keeps what a measured split has measured; in the user's cache folder when absent.
@@ -98,6 +103,9 @@ pub struct Flags {
     /// Instructions that CPU stages use: avx512, avx2, neon, scalar, as far as the CPU has them. The best when absent.
     #[arg(long)]
     pub isa: Option<Isa>,
+    /// Decode on Apple GPUs with candle's kernels instead of the fused ones.
+    #[arg(long)]
+    pub no_fused: bool,
     /// Positions of a sequence, prompt and output together; the model's own limit when absent.
     #[arg(long, visible_alias = "context")]
     pub context_length: Option<usize>,
@@ -107,6 +115,8 @@ pub struct Flags {
     /// With JSON: also the logits of the last prompt position.
     #[arg(long)]
     pub logits: bool,
+    #[command(flatten)]
+    pub logs: logs::Logs,
 }
 
 impl Flags {
@@ -140,6 +150,7 @@ impl Flags {
             dtype: self.dtype.as_deref().map(parse_dtype).transpose()?,
             kv_type: self.kv_type,
             isa: self.isa,
+            metal: MetalExtOptions { fused: !self.no_fused, ..metal_options()? },
             ..PipelineOptions::default()
         })
     }
@@ -156,13 +167,18 @@ impl Flags {
     }
 
     /// Plans and loads the model, showing both on stderr.
-    pub async fn load(&self) -> Result<HeterogeneousPipelineExecutor> {
+    pub async fn load(&self) -> Result<Loaded> {
         self.load_with(ExecutorOptions::default()).await
     }
 
     /// The same with executor options.
-    pub async fn load_with(&self, options: ExecutorOptions) -> Result<HeterogeneousPipelineExecutor> {
-        self.load_planned(self.plan().await?, options).await
+    pub async fn load_with(&self, options: ExecutorOptions) -> Result<Loaded> {
+        self.load_watched(options, Instruments::default()).await
+    }
+
+    /// The same with collectors beside those that the environment asks for.
+    pub async fn load_watched(&self, options: ExecutorOptions, instruments: Instruments) -> Result<Loaded> {
+        self.load_planned(self.plan().await?, options, instruments).await
     }
 
     /// Plans the model, which reads headers only.
@@ -179,18 +195,25 @@ impl Flags {
         &self,
         pipeline: HeterogeneousPipeline,
         options: ExecutorOptions,
-    ) -> Result<HeterogeneousPipelineExecutor> {
+        mut instruments: Instruments,
+    ) -> Result<Loaded> {
+        instruments.add_from_environment()?;
         if self.output_format != OutputFormat::None {
             eprint!("{pipeline}");
         }
         let (progress, bar) = loading_bar(pipeline.stages().iter().map(|stage| stage.weight_bytes).sum());
-        let options = ExecutorOptions { progress: Some(progress), ..options };
+        let tokenizer: Arc<OnceLock<Tokenizer>> = Arc::default();
+        let probe = options.probe.and(instruments.collectors()).and(self.logs.start(&tokenizer)?);
+        let options = ExecutorOptions { progress: Some(progress), probe, ..options };
         let executor = HeterogeneousPipelineExecutor::with_options(pipeline, &self.model, options).await?;
         bar.finish_and_clear();
+        if let Some(loaded) = executor.tokenizer() {
+            let _ = tokenizer.set(loaded.clone());
+        }
         if self.output_format != OutputFormat::None {
             eprintln!("ready in {:.2?}", executor.load_time());
         }
-        Ok(executor)
+        Ok(Loaded { executor, _instruments: instruments })
     }
 
     /// The prompts as token ids: those given, or `defaults`.
@@ -214,7 +237,38 @@ impl Flags {
     }
 }
 
-fn parse_ids(list: &str) -> Result<Vec<u32>> {
+/// What the environment says about metal-ext's kernels: `METALLIC_GEMV_COLS_PER_TG` (2, 4 or 8) and
+/// `METALLIC_SOFTMAX_BACKEND` (auto, kernel or candle).
+fn metal_options() -> Result<MetalExtOptions> {
+    let mut options = MetalExtOptions::default();
+    if let Ok(columns) = std::env::var("METALLIC_GEMV_COLS_PER_TG") {
+        let wrong = || format!("METALLIC_GEMV_COLS_PER_TG={columns}: expected 2, 4 or 8");
+        let columns: usize = columns.trim().parse().with_context(wrong)?;
+        options.columns_per_threadgroup = columns.try_into().with_context(wrong)?;
+    }
+    if let Ok(backend) = std::env::var("METALLIC_SOFTMAX_BACKEND") {
+        options.softmax_backend =
+            backend.trim().parse().with_context(|| format!("METALLIC_SOFTMAX_BACKEND={backend}"))?;
+    }
+    Ok(options)
+}
+
+/// A loaded model, and what watches it until it is dropped.
+pub struct Loaded {
+    executor: HeterogeneousPipelineExecutor,
+    _instruments: Instruments, // dropped after the executor has told its last event
+}
+
+impl Deref for Loaded {
+    type Target = HeterogeneousPipelineExecutor;
+
+    fn deref(&self) -> &HeterogeneousPipelineExecutor {
+        &self.executor
+    }
+}
+
+/// Token ids with commas between them.
+pub fn parse_ids(list: &str) -> Result<Vec<u32>> {
     let id = |id: &str| id.trim().parse().with_context(|| format!("--token-ids: `{id}` is no token id"));
     list.split(',').filter(|id| !id.trim().is_empty()).map(id).collect()
 }

@@ -44,6 +44,7 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 
 use baseline::Baseline;
 use common::cases::Case;
+use common::instruments::Instruments;
 use common::{Flags, OutputFormat};
 use events::Log;
 use others::Others;
@@ -170,7 +171,7 @@ async fn run() -> Result<()> {
     let warmup = arguments.has(Phase::Warmup).then(|| phases::warmup_effect(&arguments)).transpose()?;
     let read = report::read_bandwidths(&planned);
     let log = Arc::new(Log::default());
-    let executor = arguments.flags.load_planned(planned, options(&log)).await?;
+    let executor = arguments.flags.load_planned(planned, options(&log), Instruments::default()).await?;
     let warmed = executor.warmup().await?;
     let bench =
         Bench { executor: &executor, log: &log, arguments: &arguments, prompts: prompts(&arguments, &executor)? };

@@ -7,7 +7,7 @@ use candle_core::{Device, Tensor};
 use super::{MicroBatch, SequenceId, StageBackend, StageBytes, StageOutput, StageSource};
 use crate::error::{Error, Result};
 use crate::instrument::{HiddenRow, Watch};
-use crate::model::decoder::{Decoder, Input, Output, Rows};
+use crate::model::decoder::{Decoder, DecoderOptions, Input, Output, Rows};
 use crate::model::kv_cache::SequenceKv;
 
 /// A run of decoder layers and the keys and values of the sequences that are open in it.
@@ -25,10 +25,23 @@ impl CandleBackend {
             source.layers.clone(),
             &source.device,
             source.ropes.clone(),
-            source.dense_type,
+            DecoderOptions { dense_type: source.dense_type, metal: source.metal },
             progress,
         )?;
         Ok(CandleBackend { decoder, sequences: HashMap::new() })
+    }
+
+    /// The layers and what is around them.
+    #[cfg(all(feature = "metal", target_os = "macos"))]
+    pub(super) fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+
+    /// Keys and values of an open sequence.
+    #[cfg(all(feature = "metal", target_os = "macos"))]
+    pub(super) fn sequence(&self, id: SequenceId) -> Result<&SequenceKv> {
+        let kv = self.sequences.get(&id);
+        kv.ok_or_else(|| Error::Tensors(format!("sequence {} is not open in this stage", id.0)))
     }
 
     /// Keeps so many attention masks of prompt chunks at most, for the next layers and chunks; 0 makes each anew, which

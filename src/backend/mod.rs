@@ -3,14 +3,20 @@
 
 mod candle;
 mod cpu;
+pub mod fused;
+#[cfg(all(feature = "metal", target_os = "macos"))]
+mod metal;
 
 pub use candle::CandleBackend;
 pub use cpu::CpuBackend;
+#[cfg(all(feature = "metal", target_os = "macos"))]
+pub use metal::MetalBackend;
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::Tensor;
+use metal_ext::MetalExtOptions;
 
 use crate::device::OpenDevice;
 use crate::error::Result;
@@ -37,6 +43,8 @@ pub struct StageSource {
     pub dense_type: Option<WeightType>,
     /// Type of keys and values on a CPU.
     pub kv_type: KvType,
+    /// How metal-ext's kernels are used on an Apple GPU.
+    pub metal: MetalExtOptions,
 }
 
 impl StageSource {
@@ -44,6 +52,8 @@ impl StageSource {
     pub fn load(&self, progress: &dyn Fn(u64)) -> Result<Box<dyn StageBackend>> {
         Ok(match &self.device.cpu {
             Some(cpu) => Box::new(CpuBackend::load(self, cpu, progress)?),
+            #[cfg(all(feature = "metal", target_os = "macos"))]
+            None if self.device.device.is_metal() => Box::new(MetalBackend::load(self, progress)?),
             None => Box::new(CandleBackend::load(self, progress)?),
         })
     }

@@ -61,6 +61,19 @@ pub enum Event {
         /// Whose rows are in it.
         slices: Vec<StepSlice>,
     },
+    /// A micro-batch has left the stages, or they have died over it, and what came of it has been told: nothing more is
+    /// told of it but [`Event::Kv`].
+    StepFinished {
+        /// Its number.
+        step: u64,
+        /// How.
+        outcome: StepOutcome,
+    },
+    /// The scheduler has done what there was to do, and waits for messages again.
+    SchedulerTurn {
+        /// Time since it had a message.
+        busy: Duration,
+    },
     /// A stage computed one micro-batch.
     StageStep {
         /// Index of the stage.
@@ -163,6 +176,20 @@ pub enum Event {
     },
 }
 
+impl Event {
+    /// Bytes that it holds beside itself, where that may be much: what a queue counts against its limit.
+    pub fn heap_bytes(&self) -> usize {
+        match self {
+            Event::RequestQueued { prompt, .. } => size_of_val(prompt.as_slice()),
+            Event::Activations { layers, .. } => size_of_val(layers.as_slice()),
+            Event::Attention { weights, .. } => size_of_val(weights.as_slice()),
+            Event::Lens { layers, .. } => layers.iter().map(LensLayer::bytes).sum(),
+            Event::Phases { laps, .. } => size_of_val(laps.as_slice()),
+            _ => 0,
+        }
+    }
+}
+
 /// What is known of a model before it is loaded.
 #[derive(Debug, Clone, PartialEq, Default, serde::Serialize)]
 pub struct ModelFacts {
@@ -195,10 +222,19 @@ pub struct StageFacts {
     pub layers: usize,
     /// Bytes of its weights.
     pub weight_bytes: u64,
+    /// How much of that are embeddings; 0 but in the first stage.
+    pub embedding_bytes: u64,
+    /// How much each of its layers is.
+    pub layer_bytes: Vec<u64>,
+    /// How much are the final norm and the head; 0 but in the last stage. A head that is the embeddings of the same stage
+    /// counts there.
+    pub head_bytes: u64,
     /// Bytes of weights that a decode step reads: all but the rows of the embeddings that it does not look up.
     pub step_bytes: u64,
     /// Bytes of KV of a position.
     pub kv_bytes_per_position: u64,
+    /// For each of its layers, the positions that attention looks back at most, where it does not see all.
+    pub windows: Vec<Option<usize>>,
     /// Bytes of KV that there may be.
     pub kv_budget: u64,
 }
@@ -249,8 +285,20 @@ impl Outcome {
     }
 }
 
+/// How a micro-batch ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StepOutcome {
+    /// All stages computed it.
+    Computed,
+    /// All its requests had ended before; stages may have passed it by.
+    Unwanted,
+    /// A stage failed or died.
+    Failed,
+}
+
 /// A request's rows in a micro-batch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 pub struct StepSlice {
     /// The request's number.
     pub request: u64,
@@ -260,6 +308,17 @@ pub struct StepSlice {
     pub rows: usize,
     /// Whether they are of the prompt.
     pub prefill: bool,
+}
+
+impl StepSlice {
+    /// What a micro-batch of them is: `prefill`, `decode` or `mixed`.
+    pub fn kind(slices: &[StepSlice]) -> &'static str {
+        match slices.iter().filter(|slice| slice.prefill).count() {
+            0 => "decode",
+            prefills if prefills == slices.len() => "prefill",
+            _ => "mixed",
+        }
+    }
 }
 
 /// A part of the forward pass.
@@ -363,6 +422,13 @@ pub struct LensLayer {
     pub tracked: Vec<TokenRank>,
 }
 
+impl LensLayer {
+    /// Bytes that it takes.
+    pub fn bytes(&self) -> usize {
+        size_of::<Self>() + size_of_val(self.top.as_slice()) + size_of_val(self.tracked.as_slice())
+    }
+}
+
 /// A followed token at one layer.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
 pub struct TokenRank {
@@ -370,7 +436,7 @@ pub struct TokenRank {
     pub token: u32,
     /// Its logit.
     pub logit: f32,
-    /// Tokens with a greater logit.
+    /// Tokens with a greater logit. NaN is less than every number.
     pub rank: usize,
 }
 

@@ -7,20 +7,28 @@
 //! Some events cost time where they happen, so they are told only when a collector's [`Interest`] asks for them. Those
 //! are gathered during a forward pass by a [`Watch`].
 
+pub mod chrome;
 mod event;
+pub mod jsonl;
+mod line_file;
+pub mod metrics;
+pub mod prometheus;
+pub mod quantisation;
 pub mod queue;
+pub mod session_log;
 mod stats;
 mod watch;
+pub mod tracer;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use event::{
-    Event, KvState, Lap, LayerActivations, LensLayer, ModelFacts, Outcome, Phase, Record, StageFacts, StepSlice,
-    TensorFacts, TokenRank,
+    Event, KvState, Lap, LayerActivations, LensLayer, ModelFacts, Outcome, Phase, Record, StageFacts, StepOutcome,
+    StepSlice, TensorFacts, TokenRank,
 };
 pub use stats::TensorStats;
-pub use watch::{HiddenRow, Tap, Watch, Watcher, lens_layers, lens_tokens};
+pub use watch::{HiddenRow, StepPhases, Tap, Watch, Watcher, lens_layers, lens_tokens};
 
 /// Receives events on the threads where they happen; it must not block them.
 pub trait Collector: Send + Sync {
@@ -36,7 +44,7 @@ pub trait Collector: Send + Sync {
 /// What a collector wants of what costs time to find out.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Interest {
-    /// [`Event::Phases`], of a step of each stage at most every so long; zero is every step.
+    /// [`Event::Phases`] of all stages, of a step at most every so long; zero is every step.
     pub phases: Option<Duration>,
     /// Wait for the device at the end of each phase. Without it, the phases of a GPU show when work was submitted, not
     /// when it was done; with it, work that would have overlapped does not.
@@ -83,6 +91,11 @@ pub struct LensInterest {
     pub tokens: Vec<u32>,
     /// How many most likely tokens are told of each layer, and followed where none are given.
     pub top_k: usize,
+}
+
+/// Microseconds with fractions.
+fn micros(time: Duration) -> f64 {
+    time.as_nanos() as f64 / 1000.0
 }
 
 /// Both lists; an absent one is all.
@@ -151,6 +164,13 @@ impl Probe {
         Probe(Some(Arc::new(Listeners { collectors, interest })))
     }
 
+    /// Sends them to these too, after those that it has.
+    pub fn and(self, collectors: Vec<Arc<dyn Collector>>) -> Self {
+        let mut all = self.0.map_or_else(Vec::new, |listeners| listeners.collectors.clone());
+        all.extend(collectors);
+        Probe::to_all(all)
+    }
+
     /// Whether anybody listens.
     pub fn is_on(&self) -> bool {
         self.0.is_some()
@@ -215,6 +235,9 @@ mod tests {
         assert_eq!(merged.attention, heads(Some(vec![1, 3, 4])));
         assert_eq!(merged.lens, Some(LensInterest { tokens: vec![3, 7], top_k: 2 }));
         assert!(merged.kv && !merged.activations && !merged.synchronise);
+        let both =
+            Probe::default().and(vec![Arc::new(Wants(second.clone()))]).and(vec![Arc::new(Wants(Interest::default()))]);
+        assert_eq!(both.interest(), Some(&second), "adding to a probe takes nothing away");
         let all = second.and(Interest { attention: heads(None), ..Interest::default() });
         assert_eq!(all.attention, heads(None));
     }

@@ -2,9 +2,10 @@
 //!
 //! Telling costs an allocation and a push; it wakes nobody and never waits. The thread behind the queue looks into it
 //! every few milliseconds, since on a machine whose cores all compute, being woken for each event would cost more than
-//! the event. What a full queue does not take is counted, and the count is told as [`Event::Dropped`].
+//! the event. What a full queue does not take is counted, and the count is told as [`Event::Dropped`]. A queue is full by
+//! events or by bytes: an event may hold the attention weights of a long sequence.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -32,13 +33,15 @@ pub trait Sink: Send {
 pub struct QueueOptions {
     /// Events that it holds.
     pub capacity: usize,
+    /// Bytes that the larger ones of them may hold together, see [`Event::heap_bytes`].
+    pub max_bytes: usize,
     /// How often the thread behind it looks into it.
     pub interval: Duration,
 }
 
 impl Default for QueueOptions {
     fn default() -> Self {
-        QueueOptions { capacity: 1 << 15, interval: Duration::from_millis(20) }
+        QueueOptions { capacity: 1 << 15, max_bytes: 64 << 20, interval: Duration::from_millis(20) }
     }
 }
 
@@ -46,12 +49,29 @@ impl Default for QueueOptions {
 pub struct Queue {
     sender: SyncSender<Arc<Record>>,
     interest: Interest,
+    max_bytes: usize,
+    /// Held by what is in the queue.
+    bytes: Arc<AtomicUsize>,
     dropped: Arc<AtomicU64>,
+}
+
+impl Queue {
+    /// Whether there was room for the record.
+    fn take(&self, record: &Arc<Record>) -> bool {
+        // Most events hold nothing, and are not slowed down by a counter that all threads share.
+        let bytes = record.event.heap_bytes();
+        let room = bytes == 0 || self.bytes.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) <= self.max_bytes;
+        let taken = room && self.sender.try_send(record.clone()).is_ok();
+        if !taken && bytes > 0 {
+            self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+        }
+        taken
+    }
 }
 
 impl Collector for Queue {
     fn record(&self, record: &Arc<Record>) {
-        if self.sender.try_send(record.clone()).is_err() {
+        if !self.take(record) {
             self.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -83,8 +103,15 @@ pub fn listen<S: Sink + 'static>(name: &str, sink: S, options: QueueOptions) -> 
     }
     let (sender, receiver) = sync_channel(options.capacity);
     let (shared, dropped): (Arc<Shared>, Arc<AtomicU64>) = Default::default();
-    let queue = Queue { sender, interest: sink.interest(), dropped: dropped.clone() };
-    let drain = Drain { receiver, shared: shared.clone(), dropped: dropped.clone(), told: 0 };
+    let bytes: Arc<AtomicUsize> = Arc::default();
+    let queue = Queue {
+        sender,
+        interest: sink.interest(),
+        max_bytes: options.max_bytes,
+        bytes: bytes.clone(),
+        dropped: dropped.clone(),
+    };
+    let drain = Drain { receiver, shared: shared.clone(), bytes, dropped: dropped.clone(), told: 0 };
     let thread = std::thread::Builder::new().name(name.into()).spawn(move || drain.run(sink, options.interval));
     let thread = thread.map_err(|e| Error::Tensors(format!("cannot start the thread {name}: {e}")))?;
     Ok((Arc::new(queue), Listener { thread: Some(thread), shared, dropped }))
@@ -136,6 +163,7 @@ impl<S> Drop for Listener<S> {
 struct Drain {
     receiver: Receiver<Arc<Record>>,
     shared: Arc<Shared>,
+    bytes: Arc<AtomicUsize>,
     dropped: Arc<AtomicU64>,
     /// How many dropped events the sink has been told of.
     told: u64,
@@ -162,7 +190,14 @@ impl Drain {
     fn drain<S: Sink>(&mut self, sink: &mut S) -> bool {
         let open = loop {
             match self.receiver.try_recv() {
-                Ok(record) => sink.record(&record),
+                Ok(record) => {
+                    sink.record(&record);
+                    let bytes = record.event.heap_bytes();
+                    drop(record);
+                    if bytes > 0 {
+                        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+                    }
+                }
                 Err(TryRecvError::Empty) => break true,
                 Err(TryRecvError::Disconnected) => break false,
             }
@@ -230,6 +265,46 @@ mod tests {
         let count = listener.close().unwrap();
         assert!(count.dropped > 900, "{}", count.dropped);
         assert_eq!(count.steps.len() as u64 + count.dropped, 1000);
+    }
+
+    #[test]
+    fn a_queue_is_full_by_bytes_too_and_has_room_again_when_they_are_gone() {
+        let attention = |len: usize| Event::Attention {
+            request: 0,
+            step: 0,
+            layer: 0,
+            head: 0,
+            position: len - 1,
+            first: 0,
+            weights: vec![0.0; len],
+        };
+        #[derive(Default)]
+        struct Lengths(Vec<usize>, u64, Arc<Mutex<()>>);
+        impl Sink for Lengths {
+            fn record(&mut self, record: &Record) {
+                let _open = self.2.lock();
+                match &record.event {
+                    Event::Attention { weights, .. } => self.0.push(weights.len()),
+                    Event::Dropped { events } => self.1 += events,
+                    _ => {}
+                }
+            }
+        }
+        let gate: Arc<Mutex<()>> = Arc::default();
+        let options = QueueOptions { max_bytes: 1000, ..QueueOptions::default() };
+        let (queue, listener) = listen("bytes", Lengths(Vec::new(), 0, gate.clone()), options).unwrap();
+        let probe = Probe::new(queue);
+        let closed = gate.lock().unwrap();
+        for len in [200, 60, 40, 1] {
+            probe.emit(|| attention(len)); // 800 bytes and 160 fit, 160 more do not, 4 do
+        }
+        step(&probe, 0);
+        drop(closed);
+        assert!(listener.flush());
+        probe.emit(|| attention(251));
+        probe.emit(|| attention(250));
+        let lengths = listener.close().unwrap();
+        assert_eq!((lengths.0, lengths.1), (vec![200, 40, 1, 250], 2));
     }
 
     #[test]

@@ -72,6 +72,38 @@ impl TensorStats {
         }
     }
 
+    /// The statistics of both runs of values together.
+    pub fn and(&self, other: &TensorStats) -> TensorStats {
+        let (count, nan_count, inf_count) =
+            (self.count + other.count, self.nan_count + other.nan_count, self.inf_count + other.inf_count);
+        let [a, b] = [self, other].map(|stats| stats.finite_count() as f64);
+        let mut one = match (a == 0.0, b == 0.0) {
+            (_, true) => *self,
+            (true, false) => *other,
+            (false, false) => {
+                let apart = self.mean - other.mean;
+                // Spread within each, and of the two means.
+                let variance = (a * self.std * self.std + b * other.std * other.std) / (a + b)
+                    + apart * apart * (a / (a + b)) * (b / (a + b));
+                TensorStats {
+                    min: self.min.min(other.min),
+                    max: self.max.max(other.max),
+                    mean: (a * self.mean + b * other.mean) / (a + b),
+                    std: variance.sqrt(),
+                    l2: self.l2.hypot(other.l2),
+                    ..*self
+                }
+            }
+        };
+        (one.count, one.nan_count, one.inf_count) = (count, nan_count, inf_count);
+        one
+    }
+
+    /// Values that are neither NaN nor infinite.
+    pub fn finite_count(&self) -> u64 {
+        self.count - self.nan_count - self.inf_count
+    }
+
     /// Whether every value is finite.
     pub fn is_finite(&self) -> bool {
         self.nan_count == 0 && self.inf_count == 0
@@ -163,6 +195,23 @@ mod tests {
             prop_assert!(close(ours.mean, theirs.mean, scale), "{ours:?} {theirs:?}");
             prop_assert!((ours.std - theirs.std).abs() <= 1e-6 * scale, "{ours:?} {theirs:?}");
             prop_assert!(close(ours.l2, theirs.l2, scale * 10.0), "{ours:?} {theirs:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn statistics_of_parts_add_up_to_those_of_the_whole(
+            values in prop::collection::vec(
+                prop_oneof![8 => -1e3f32..1e3, 1 => Just(f32::NAN), 1 => Just(f32::INFINITY)], 0..40),
+            cut in 0usize..40,
+        ) {
+            let (first, second) = values.split_at(cut.min(values.len()));
+            let (whole, parts) = (TensorStats::of(&values), TensorStats::of(first).and(&TensorStats::of(second)));
+            prop_assert_eq!((whole.count, whole.nan_count, whole.inf_count), (parts.count, parts.nan_count, parts.inf_count));
+            prop_assert_eq!((whole.min, whole.max), (parts.min, parts.max));
+            for (a, b) in [(whole.mean, parts.mean), (whole.std, parts.std), (whole.l2, parts.l2)] {
+                prop_assert!((a - b).abs() <= 1e-6 * (1.0 + a.abs()), "{whole:?} {parts:?}");
+            }
         }
     }
 

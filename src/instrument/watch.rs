@@ -21,6 +21,19 @@ pub struct HiddenRow {
     pub values: Vec<f32>,
 }
 
+/// Whether the phases of a step are told. The first stage decides and the others follow, so that of a step all stages tell
+/// them or none does, and what they tell adds up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum StepPhases {
+    /// No stage has looked at the step yet.
+    #[default]
+    Undecided,
+    /// They are told.
+    Told,
+    /// They are not.
+    Untold,
+}
+
 /// A stage's side of a [`Probe`]: makes a [`Watch`] for each step.
 pub struct Watcher {
     probe: Probe,
@@ -35,20 +48,24 @@ impl Watcher {
         Watcher { probe, stage, phases_told: None }
     }
 
-    /// For the step that begins now. `hidden` are the rows that earlier stages have gathered of it.
-    pub fn watch(&mut self, step: u64, hidden: Vec<HiddenRow>) -> Watch {
+    /// For the step that begins now. `hidden` are the rows that earlier stages have gathered of it, and `phases` is what
+    /// they have decided.
+    pub fn watch(&mut self, step: u64, hidden: Vec<HiddenRow>, phases: &mut StepPhases) -> Watch {
         let Some(interest) = self.probe.interest() else { return Watch::off() };
         let now = Instant::now();
-        let due = |interval| self.phases_told.is_none_or(|told| now.duration_since(told) >= interval);
-        let laps = interest.phases.filter(|&interval| due(interval)).map(|_| Laps {
+        if *phases == StepPhases::Undecided {
+            let due = |interval| self.phases_told.is_none_or(|told| now.duration_since(told) >= interval);
+            *phases = if interest.phases.is_some_and(due) { StepPhases::Told } else { StepPhases::Untold };
+            if *phases == StepPhases::Told {
+                self.phases_told = Some(now);
+            }
+        }
+        let laps = (*phases == StepPhases::Told).then(|| Laps {
             started: now,
             last: now,
             laps: Vec::new(),
             synchronise: interest.synchronise,
         });
-        if laps.is_some() {
-            self.phases_told = Some(now);
-        }
         Watch {
             activations: interest.activations.then(Activations::default),
             attention: interest.attention.clone(),
@@ -139,6 +156,11 @@ impl Watch {
             laps.laps.push(Lap { layer, phase, duration: now - laps.last });
             laps.last = now;
         }
+    }
+
+    /// Whether values from within the layers are wanted, which fused kernels do not give.
+    pub fn looks_inside(&self) -> bool {
+        self.activations.is_some() || self.attention.is_some() || self.hidden.is_some()
     }
 
     /// Whether [`layer_input`](Self::layer_input), [`tap`](Self::tap) and [`layer_output`](Self::layer_output) are wanted.
@@ -234,7 +256,7 @@ pub fn lens_layers(interest: &LensInterest, logits: &[(usize, Vec<f32>)]) -> Vec
     let tokens = lens_tokens(interest, last);
     let followed = |logits: &[f32], token: u32| {
         let logit = *logits.get(token as usize)?;
-        let rank = logits.iter().filter(|&&other| other > logit).count();
+        let rank = logits.iter().filter(|&&other| greater(other, logit)).count();
         Some(TokenRank { token, logit, rank })
     };
     let layer = |(layer, logits): &(usize, Vec<f32>)| LensLayer {
@@ -245,12 +267,17 @@ pub fn lens_layers(interest: &LensInterest, logits: &[(usize, Vec<f32>)]) -> Vec
     logits.iter().map(layer).collect()
 }
 
+/// Whether a logit is greater than another. NaN is less than every number, so that it does not seem the favourite.
+fn greater(a: f32, b: f32) -> bool {
+    a > b || (b.is_nan() && !a.is_nan())
+}
+
 /// The `k` greatest values and where they are, the greatest first; equal ones in order.
 fn top(logits: &[f32], k: usize) -> Vec<(u32, f32)> {
     let mut best: Vec<(u32, f32)> = Vec::with_capacity(k + 1);
     for (token, &logit) in logits.iter().enumerate() {
-        if best.len() < k || best.last().is_some_and(|(_, least)| logit > *least) {
-            let place = best.partition_point(|(_, other)| *other >= logit);
+        if best.len() < k || best.last().is_some_and(|(_, least)| greater(logit, *least)) {
+            let place = best.partition_point(|(_, other)| !greater(logit, *other));
             best.insert(place, (token as u32, logit));
             best.truncate(k);
         }
@@ -280,27 +307,36 @@ mod tests {
     }
 
     #[test]
-    fn phases_are_told_of_a_step_each_interval() {
+    fn phases_are_told_of_a_step_each_interval_by_all_stages() {
         let wants = Interest { phases: Some(Duration::from_millis(20)), ..Interest::default() };
         let all = Arc::new(All(Mutex::default(), wants));
-        let mut watcher = Watcher::new(Probe::new(all.clone()), 3);
+        let (mut watcher, mut follower) =
+            (Watcher::new(Probe::new(all.clone()), 3), Watcher::new(Probe::new(all.clone()), 4));
+        let mut told_by_first = 0;
         let began = Instant::now();
         let mut steps = 0;
         while began.elapsed() < Duration::from_millis(70) {
-            let mut watch = watcher.watch(steps, Vec::new());
+            let mut phases = StepPhases::default();
+            let mut watch = watcher.watch(steps, Vec::new(), &mut phases);
             watch.lap(Some(0), Phase::Sdpa);
             assert!(watch.finish(1).is_empty());
+            told_by_first += usize::from(phases == StepPhases::Told);
+            // Behind it there is no second clock.
+            let mut watch = follower.watch(steps, Vec::new(), &mut phases);
+            watch.lap(Some(1), Phase::Sdpa);
+            watch.finish(1);
             steps += 1;
         }
         let told = all.0.lock().unwrap().len();
-        assert!((2..=4).contains(&told) && steps > 10, "{told} of {steps}");
+        assert!((2..=4).contains(&told_by_first) && steps > 10, "{told_by_first} of {steps}");
+        assert_eq!(told, 2 * told_by_first, "by both or by none");
         assert!(matches!(&all.0.lock().unwrap()[0], Event::Phases { stage: 3, step: 0, laps, .. } if laps.len() == 1));
     }
 
     #[test]
     fn the_residual_ratio_is_what_was_added_over_what_came() {
         let all = Arc::new(All(Mutex::default(), Interest { activations: true, ..Interest::default() }));
-        let mut watch = Watcher::new(Probe::new(all.clone()), 0).watch(7, Vec::new());
+        let mut watch = Watcher::new(Probe::new(all.clone()), 0).watch(7, Vec::new(), &mut StepPhases::default());
         watch.layer_input(&[3.0, 4.0]);
         watch.tap(Tap::PostAttention, &[1.0, 1.0, 1.0]);
         watch.layer_output(5, &[3.0, 7.0]);
@@ -318,6 +354,11 @@ mod tests {
         assert_eq!(layers[1].top, [(2, 9.0), (3, 2.0)]);
         let ranks: Vec<_> = layers[0].tracked.iter().map(|tracked| (tracked.token, tracked.rank)).collect();
         assert_eq!(ranks, [(2, 2), (3, 0)]);
+        let broken = lens_layers(&interest, &[(0, vec![f32::NAN, 5.0, f32::NAN, 7.0])]);
+        assert_eq!(broken[0].top, [(3, 7.0), (1, 5.0)]);
+        let broken = lens_layers(&LensInterest { tokens: vec![0, 1], top_k: 1 }, &[(0, vec![f32::NAN, 5.0, 6.0])]);
+        let ranks: Vec<_> = broken[0].tracked.iter().map(|tracked| tracked.rank).collect();
+        assert_eq!(ranks, [2, 1], "NaN is behind all numbers");
         let given = lens_layers(&LensInterest { tokens: vec![0, 99], top_k: 1 }, &[(0, vec![1.0, 5.0])]);
         assert_eq!(given[0].tracked, [TokenRank { token: 0, logit: 1.0, rank: 1 }], "99 is no token");
     }

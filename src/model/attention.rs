@@ -26,6 +26,26 @@ pub fn attention_weights(q: &Tensor, keys: &Tensor, scale: f64, softcap: Option<
     Ok(candle_nn::ops::softmax_last_dim(&scores.contiguous()?)?.reshape((heads, positions))?.to_vec2()?)
 }
 
+/// Whose softmax.
+pub enum Softmax {
+    /// candle's.
+    Candle,
+    /// metal-ext's, on rows that it takes.
+    #[cfg(all(feature = "metal", target_os = "macos"))]
+    Metal(super::metal_matrix::Kernels),
+}
+
+impl Softmax {
+    /// Over the last dimension of `scores`, f32.
+    fn forward(&self, scores: &Tensor) -> Result<Tensor> {
+        match self {
+            #[cfg(all(feature = "metal", target_os = "macos"))]
+            Softmax::Metal(kernels) if scores.dim(D::Minus1)?.is_multiple_of(4) => kernels.softmax(scores),
+            _ => Ok(candle_nn::ops::softmax_last_dim(scores)?),
+        }
+    }
+}
+
 /// Attention of one sequence.
 ///
 /// - `q`: (num_attention_heads, seq, head_dim)
@@ -40,6 +60,7 @@ pub fn attend(
     mask: Option<&Tensor>,
     scale: f64,
     softcap: Option<f64>,
+    softmax: &Softmax,
 ) -> Result<Tensor> {
     let (heads, seq, head_dim) = q.dims3()?;
     let (kv_heads, positions, _) = keys.dims3()?;
@@ -55,9 +76,9 @@ pub fn attend(
     }
     let dtype = scores.dtype();
     let weights = match dtype {
-        DType::F32 => candle_nn::ops::softmax_last_dim(&scores)?,
+        DType::F32 => softmax.forward(&scores)?,
         // Half types lose too much in the sum of a long row.
-        _ => candle_nn::ops::softmax_last_dim(&scores.to_dtype(DType::F32)?)?.to_dtype(dtype)?,
+        _ => softmax.forward(&scores.to_dtype(DType::F32)?)?.to_dtype(dtype)?,
     };
     let mixed = weights.matmul(values)?; // (kv_heads, group * seq, head_dim)
     let by_row = mixed.reshape((heads, seq, head_dim))?.transpose(0, 1)?; // (seq, heads, head_dim)

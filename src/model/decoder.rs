@@ -5,8 +5,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
+use metal_ext::MetalExtOptions;
 
-use super::attention::{attend, attention_weights, soft_cap};
+use super::attention::{Softmax, attend, attention_weights, soft_cap};
 use super::config::{Activation, DecoderConfig, LayerRope, QkNorm};
 use super::kv_cache::SequenceKv;
 use super::linear::CandleBuild;
@@ -101,6 +102,15 @@ impl WeightBytes {
     }
 }
 
+/// How weights are held, and what computes with them.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct DecoderOptions {
+    /// F32, F16 and BF16 matrices become this type; `None` leaves them as stored.
+    pub dense_type: Option<WeightType>,
+    /// How metal-ext's kernels are used on an Apple GPU.
+    pub metal: MetalExtOptions,
+}
+
 /// What a forward pass returns.
 pub enum Output {
     /// For the next stage: (rows, hidden_size).
@@ -128,11 +138,13 @@ pub struct Decoder {
     config: Arc<DecoderConfig>,
     device: Device,
     dtype: DType,
+    kv_dtype: DType,
     weights: StageWeights<CandleBuild>,
     /// Index of the first layer in the model.
     first: usize,
     ropes: Arc<Ropes>,
     masks: MaskCache,
+    softmax: Softmax,
 }
 
 impl Decoder {
@@ -144,15 +156,24 @@ impl Decoder {
         range: Range<usize>,
         device: &OpenDevice,
         ropes: Arc<Ropes>,
-        dense_type: Option<WeightType>,
+        options: DecoderOptions,
         progress: &dyn Fn(u64),
     ) -> Result<Decoder> {
+        let dense_type = options.dense_type;
         let dtype = activation_dtype(source, &device.device, dense_type)?;
-        let build = CandleBuild { device: device.device.clone(), cpu: device.cpu.clone(), dtype };
+        let kv_dtype = kv_dtype(source, &device.device, dense_type)?;
+        let build = CandleBuild::new(device, dtype, options.metal);
+        let softmax = build.softmax();
         let first = range.start;
         let weights = StageWeights::load(source, &config, range, dense_type, &build, progress)?;
         let device = build.device;
-        Ok(Decoder { masks: MaskCache::new(device.clone(), dtype), ropes, device, config, dtype, weights, first })
+        let masks = MaskCache::new(device.clone(), dtype);
+        Ok(Decoder { masks, softmax, ropes, device, config, dtype, kv_dtype, weights, first })
+    }
+
+    /// The weights, for a backend that computes some steps by itself.
+    pub fn weights(&self) -> &StageWeights<CandleBuild> {
+        &self.weights
     }
 
     /// Keeps so many attention masks at most.
@@ -167,16 +188,22 @@ impl Decoder {
 
     /// Room for one sequence of up to `capacity` positions in this run's layers.
     pub fn new_kv(&self, capacity: usize) -> Result<SequenceKv> {
-        SequenceKv::new(&self.config, self.weights.layers.len(), capacity, self.dtype, &self.device)
+        SequenceKv::new(&self.config, self.weights.layers.len(), capacity, self.kv_dtype, &self.device)
+    }
+
+    /// The embeddings of `tokens`: (tokens, hidden_size).
+    pub fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
+        let Some(table) = &self.weights.embeddings else {
+            return Err(Error::Tensors("only the first stage is given tokens, and nothing else".into()));
+        };
+        let x = table.look_up(tokens, &self.device, self.dtype)?;
+        scale(x, self.config.embedding_multiplier)
     }
 
     /// Runs the rows of all `sequences` through the layers, writing their keys and values.
     pub fn forward(&mut self, input: Input, sequences: &mut [Rows], watch: &mut Watch) -> Result<Output> {
         let mut x = match (input, &self.weights.embeddings) {
-            (Input::Tokens(tokens), Some(table)) => {
-                let x = table.look_up(tokens, &self.device, self.dtype)?;
-                scale(x, self.config.embedding_multiplier)?
-            }
+            (Input::Tokens(tokens), Some(_)) => self.embed(tokens)?,
             (Input::Activations(x), None) => x.to_dtype(self.dtype)?,
             _ => return Err(Error::Tensors("only the first stage is given tokens, and nothing else".into())),
         }; // (rows, hidden_size)
@@ -294,13 +321,14 @@ impl Decoder {
                 // Positions that no row's window reaches, and those after the block, are not read at all.
                 let from = window.map_or(0, |window| (position + 1).saturating_sub(window));
                 let (keys, values) = rows.kv.view(index, from, position + len)?;
+                let (keys, values) = (keys.to_dtype(self.dtype)?, values.to_dtype(self.dtype)?);
                 let mask = match len {
                     1 => None,
                     len => Some(self.masks.get(len, position + len - from, window)?),
                 };
                 let q = if len == rows.len { q.clone() } else { q.narrow(1, first, len)?.contiguous()? };
                 let (scale, cap) = (config.attention_scale, config.attn_logit_softcapping);
-                mixed.push(attend(&q, &keys, &values, mask.as_ref(), scale, cap)?); // (len, heads * head_dim)
+                mixed.push(attend(&q, &keys, &values, mask.as_ref(), scale, cap, &self.softmax)?); // (len, heads * head_dim)
             }
             if let Some(filter) = heads_watched.as_ref().filter(|_| rows.logits) {
                 let position = rows.position + rows.len - 1;
@@ -362,9 +390,10 @@ impl Decoder {
     }
 }
 
-/// The type of activations: f32 on a CPU and with quantised weights; on a GPU with dense weights, the weights' own.
+/// The type of activations: f32 on a CPU, on Metal, where metal-ext's kernels share them, and with quantised weights; on
+/// CUDA with dense weights, the weights' own.
 pub fn activation_dtype(source: &dyn WeightSource, device: &Device, dense_type: Option<WeightType>) -> Result<DType> {
-    if device.is_cpu() {
+    if device.is_cpu() || device.is_metal() {
         return Ok(DType::F32);
     }
     // A stage need not hold the first layer, but the layers of a model are of one kind.
@@ -377,6 +406,15 @@ pub fn activation_dtype(source: &dyn WeightSource, device: &Device, dense_type: 
         (true, WeightType::BF16) => DType::BF16,
         _ => DType::F32,
     })
+}
+
+/// The type of keys and values in [`SequenceKv`]: f16 on Metal, as metal-ext's attention reads them; elsewhere that of the
+/// activations.
+pub fn kv_dtype(source: &dyn WeightSource, device: &Device, dense_type: Option<WeightType>) -> Result<DType> {
+    match device.is_metal() {
+        true => Ok(DType::F16),
+        false => activation_dtype(source, device, dense_type),
+    }
 }
 
 /// `x * factor`, without the pass over x that a factor of 1 would cost.

@@ -37,12 +37,22 @@ impl SequenceKv {
         Ok(SequenceKv { layers, capacity, bytes: (elements * dtype.size_in_bytes()) as u64 })
     }
 
+    /// Positions that there is room for.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// All keys and all values of layer `layer`: (num_key_value_heads, capacity, head_dim) each.
+    pub fn tensors(&self, layer: usize) -> (&Tensor, &Tensor) {
+        (&self.layers[layer].keys, &self.layers[layer].values)
+    }
+
     /// Bytes allocated.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// Writes keys and values, (num_key_value_heads, seq, head_dim) each, at `position` of layer `layer`.
+    /// Writes keys and values, (num_key_value_heads, seq, head_dim) each, at `position` of layer `layer`, in the cache's type.
     pub fn append(&mut self, layer: usize, position: usize, keys: &Tensor, values: &Tensor) -> Result<()> {
         let end = position + keys.dim(1)?;
         if end > self.capacity {
@@ -50,8 +60,8 @@ impl SequenceKv {
             return Err(Error::Tensors(format!("position {end} is past the KV cache's {capacity}")));
         }
         let cache = &self.layers[layer];
-        cache.keys.slice_set(&keys.contiguous()?, 1, position)?;
-        cache.values.slice_set(&values.contiguous()?, 1, position)?;
+        cache.keys.slice_set(&keys.to_dtype(cache.keys.dtype())?.contiguous()?, 1, position)?;
+        cache.values.slice_set(&values.to_dtype(cache.values.dtype())?.contiguous()?, 1, position)?;
         Ok(())
     }
 

@@ -4,9 +4,11 @@ use std::sync::Arc;
 
 use candle_core::quantized::{QMatMul, QStorage, QTensor};
 use candle_core::{DType, Device, Module, Tensor};
+use metal_ext::MetalExtOptions;
 
+use super::attention::Softmax;
 use super::stage_weights::{Build, Linear};
-use crate::device::Cpu;
+use crate::device::{Cpu, OpenDevice};
 use crate::error::{Error, Result};
 use crate::kernels::input::Input;
 use crate::kernels::matrix::{self, Product};
@@ -20,6 +22,33 @@ pub struct CandleBuild {
     pub cpu: Option<Cpu>,
     /// Type of the activations, which norms and biases have.
     pub dtype: DType,
+    /// The kernels of an Apple GPU.
+    #[cfg(all(feature = "metal", target_os = "macos"))]
+    pub metal: Option<super::metal_matrix::Kernels>,
+}
+
+impl CandleBuild {
+    /// For a device, the type of its activations, and how metal-ext's kernels are used if it is an Apple GPU.
+    pub fn new(device: &OpenDevice, dtype: DType, metal: MetalExtOptions) -> Self {
+        #[cfg(not(all(feature = "metal", target_os = "macos")))]
+        let _ = metal;
+        CandleBuild {
+            device: device.device.clone(),
+            cpu: device.cpu.clone(),
+            dtype,
+            #[cfg(all(feature = "metal", target_os = "macos"))]
+            metal: super::metal_matrix::Kernels::of(&device.device, metal),
+        }
+    }
+
+    /// The softmax of this device's attention.
+    pub fn softmax(&self) -> Softmax {
+        #[cfg(all(feature = "metal", target_os = "macos"))]
+        if let Some(kernels) = self.metal.as_ref().filter(|kernels| kernels.has_softmax()) {
+            return Softmax::Metal(kernels.clone());
+        }
+        Softmax::Candle
+    }
 }
 
 impl Build for CandleBuild {
@@ -30,6 +59,12 @@ impl Build for CandleBuild {
         if let Some(cpu) = &self.cpu {
             let packed = matrix::Matrix::pack(&cpu.pool, dtype, bytes, n, k);
             return Ok(packed.map(|matrix| Matrix::Packed { matrix, cpu: cpu.clone() }));
+        }
+        #[cfg(all(feature = "metal", target_os = "macos"))]
+        if let Some(kernels) = &self.metal
+            && let Some(matrix) = kernels.pack(dtype, bytes, n, k)?
+        {
+            return Ok(Some(Matrix::Metal(matrix)));
         }
         let dense = match dtype {
             WeightType::F32 => DType::F32,
@@ -54,6 +89,8 @@ impl Build for CandleBuild {
             Matrix::Packed { matrix, .. } => matrix.bytes(),
             Matrix::Dense(tensor) => Self::vector_bytes(tensor),
             Matrix::Quantised { tensor, .. } => tensor.storage_size_in_bytes() as u64,
+            #[cfg(all(feature = "metal", target_os = "macos"))]
+            Matrix::Metal(matrix) => matrix.bytes(),
         }
     }
 
@@ -80,6 +117,9 @@ pub enum Matrix {
         /// For looking rows up.
         tensor: Arc<QTensor>,
     },
+    /// On an Apple GPU, in a format of metal-ext's kernels.
+    #[cfg(all(feature = "metal", target_os = "macos"))]
+    Metal(super::metal_matrix::MetalMatrix),
 }
 
 impl Matrix {
@@ -99,6 +139,8 @@ impl Matrix {
                 Ok(Tensor::from_vec(out, (rows, matrix.rows()), &Device::Cpu)?)
             }
             Matrix::Dense(weight) => Ok(x.to_dtype(weight.dtype())?.matmul(&weight.t()?)?.to_dtype(x.dtype())?),
+            #[cfg(all(feature = "metal", target_os = "macos"))]
+            Matrix::Metal(matrix) => matrix.forward(x),
             // Candle's Metal kernel for several rows ignores where a view starts, so views are copied.
             Matrix::Quantised { matmul, .. } => {
                 let x = if x.layout().start_offset() == 0 { x.contiguous()? } else { x.force_contiguous()? };
@@ -119,6 +161,8 @@ impl Matrix {
                 }
                 return Ok(Tensor::from_vec(out, (tokens.len(), k), &Device::Cpu)?);
             }
+            #[cfg(all(feature = "metal", target_os = "macos"))]
+            Matrix::Metal(table) => table.look_up(tokens)?,
             Matrix::Dense(table) => table.index_select(&Tensor::new(tokens, device)?, 0)?,
             Matrix::Quantised { tensor, .. } => tensor.embedding(&Tensor::new(tokens, device)?)?,
         };

@@ -7,6 +7,9 @@ pub mod decoder;
 pub mod family;
 pub mod kv_cache;
 pub mod stage_weights;
+#[cfg(all(feature = "metal", target_os = "macos"))]
+pub mod metal_matrix;
 pub mod linear;
 pub mod mask;
 pub mod rope;
+pub mod quantisation;

@@ -106,8 +106,8 @@ impl RopeCache {
         Ok(())
     }
 
-    /// Cos and sin of `seq` positions from `position` on: (seq, rotary_dim / 2) each.
-    fn cos_sin(&self, position: usize, seq: usize, length: usize) -> Result<(Tensor, Tensor)> {
+    /// Cos and sin of `seq` positions from `position` on, on the device: (seq, rotary_dim / 2) each.
+    pub fn cos_sin(&self, position: usize, seq: usize, length: usize) -> Result<(Tensor, Tensor)> {
         let long = match &self.config.scaling {
             RopeScaling::LongRope { original_max_position_embeddings, .. } => {
                 length > *original_max_position_embeddings

@@ -11,11 +11,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
+use metal_ext::MetalExtOptions;
 use serde::{Deserialize, Serialize};
 
 use super::transfer::{Link, LinkOptions, WireType};
 use crate::backend::{MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource};
-use crate::device::{OpenDevice, hardware_name};
+use crate::device::{DeviceSpec, OpenDevice, hardware_name};
 use crate::error::{Error, Result};
 use crate::instrument::Watch;
 use crate::kernels::kv::KvType;
@@ -150,6 +151,8 @@ pub struct Subject<'a> {
     pub dense_type: Option<WeightType>,
     /// Type of keys and values on a CPU.
     pub kv_type: KvType,
+    /// How metal-ext's kernels are used on Apple GPUs.
+    pub metal: MetalExtOptions,
     /// Positions of a sequence. Decode steps are measured in the middle, where a sequence that fills its context is on
     /// average.
     pub context: usize,
@@ -166,7 +169,7 @@ impl Subject<'_> {
         let key = format!(
             "{}{}; {layers} layers of {}x{}, {:016x}; up to {rows} rows at position {}",
             hardware_name(device.spec),
-            device.cpu.as_ref().map_or(String::new(), |cpu| format!(", {}, KV {}", cpu.isa, self.kv_type)),
+            self.computes_with(device),
             self.config.hidden_size,
             self.config.intermediate_size,
             self.fingerprint()?,
@@ -179,6 +182,15 @@ impl Subject<'_> {
         let cost = self.measure_device(device, ropes)?;
         cache.devices.insert(key, cost.clone());
         Ok(cost)
+    }
+
+    /// What makes a difference on one and the same device.
+    fn computes_with(&self, device: &OpenDevice) -> String {
+        match (&device.cpu, device.spec) {
+            (Some(cpu), _) => format!(", {}, KV {}", cpu.isa, self.kv_type),
+            (None, DeviceSpec::Metal(_)) => format!(", {:?}", self.metal),
+            (None, _) => String::new(),
+        }
     }
 
     /// Measures the link between two devices, or takes what `cache` has. What a simulated link adds is computed.
@@ -316,6 +328,7 @@ impl Subject<'_> {
             ropes: ropes.clone(),
             dense_type: self.dense_type,
             kv_type: self.kv_type,
+            metal: self.metal,
         };
         let mut backend = stage.load(&|_| {})?;
         for id in 0..sequences {

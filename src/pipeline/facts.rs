@@ -12,14 +12,19 @@ impl HeterogeneousPipeline {
         let bytes = WeightBytes::of(&**source, config, self.options().dtype)?;
         let stages = self.stages().iter().map(|stage| {
             let layers: u64 = bytes.layers[stage.layers.clone()].iter().sum();
-            let last = stage.layers.end == config.num_hidden_layers;
+            let (first, last) = (stage.layers.start == 0, stage.layers.end == config.num_hidden_layers);
+            let shared = if first && last && bytes.tied { bytes.embeddings } else { 0 };
             StageFacts {
                 device: stage.device.to_string(),
                 first_layer: stage.layers.start,
                 layers: stage.layers.len(),
                 weight_bytes: stage.weight_bytes,
+                embedding_bytes: if first { bytes.embeddings } else { 0 },
+                layer_bytes: bytes.layers[stage.layers.clone()].to_vec(),
+                head_bytes: if last { bytes.head - shared } else { 0 },
                 step_bytes: layers + if last { bytes.head } else { 0 },
                 kv_bytes_per_position: stage.kv_bytes_per_token,
+                windows: config.layers[stage.layers.clone()].iter().map(|layer| layer.sliding_window).collect(),
                 kv_budget: stage.kv_budget,
             }
         });

@@ -12,6 +12,8 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use metal_ext::MetalExtOptions;
+
 use self::cost::{CostCache, DeviceCost, LinkCost, StepSeconds, Subject};
 use self::plan::{Objective, Placement, Plan, PlanDevice, Problem, Workload};
 use self::transfer::LinkOptions;
@@ -21,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::kernels::kv::KvType;
 use crate::kernels::simd::Isa;
 use crate::model::config::DecoderConfig;
-use crate::model::decoder::{WeightBytes, activation_dtype};
+use crate::model::decoder::{WeightBytes, activation_dtype, kv_dtype};
 use crate::model::rope::Ropes;
 use crate::weights::gguf::GgufFile;
 use crate::weights::hub::{self, ModelFiles};
@@ -75,8 +77,10 @@ pub struct PipelineOptions {
     pub kv_positions: Option<u64>,
     /// Type that F32, F16 and BF16 weights are held in. `None` leaves them as stored; quantised ones always stay.
     pub dtype: Option<WeightType>,
-    /// Type that CPU stages hold keys and values in; GPU stages hold them in their activations' type.
+    /// Type that CPU stages hold keys and values in; Metal stages hold them in F16, CUDA stages in their activations' type.
     pub kv_type: KvType,
+    /// How metal-ext's kernels are used on Apple GPUs.
+    pub metal: MetalExtOptions,
     /// Instructions that CPU stages use, one of [`Isa::available`]. `None` takes the best.
     pub isa: Option<Isa>,
 }
@@ -213,7 +217,7 @@ impl HeterogeneousPipeline {
             let (kv_heads, head_dim) = (self.config.num_key_value_heads, self.config.head_dim);
             return Ok(self.options.kv_type.bytes_per_position(kv_heads, head_dim));
         }
-        let dtype = activation_dtype(&*self.source, &device.device, self.options.dtype)?;
+        let dtype = kv_dtype(&*self.source, &device.device, self.options.dtype)?;
         Ok((self.config.kv_elements_per_token() * dtype.size_in_bytes()) as u64)
     }
 
@@ -252,6 +256,7 @@ impl HeterogeneousPipeline {
             config: &self.config,
             dense_type: self.options.dtype,
             kv_type: self.options.kv_type,
+            metal: self.options.metal,
             context: workload.context,
             sequences: workload.sequences,
             link: self.options.link,
@@ -381,6 +386,7 @@ impl HeterogeneousPipeline {
             ropes: self.ropes[stage].clone(),
             dense_type: self.options.dtype,
             kv_type: self.options.kv_type,
+            metal: self.options.metal,
         }
     }
 

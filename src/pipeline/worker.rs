@@ -14,7 +14,7 @@ use super::transfer::{Arrival, Link};
 use crate::backend::{MicroBatch, SequenceId, StageBackend, StageOutput};
 use crate::device::OpenDevice;
 use crate::error::{Error, Result};
-use crate::instrument::{Event, HiddenRow, Probe, Watcher, lens_layers};
+use crate::instrument::{Event, HiddenRow, Probe, StepPhases, Watcher, lens_layers};
 
 /// What a stage is told, in order.
 pub enum StageMessage {
@@ -59,12 +59,14 @@ pub struct StepTimes {
     pub sent: Instant,
     /// The longest that a stage has computed it.
     pub slowest: Duration,
+    /// Whether those who listen hear of its phases.
+    pub phases: StepPhases,
 }
 
 impl StepTimes {
     /// Of a step that is sent now.
     pub fn sent_now(work_since: Instant) -> Self {
-        StepTimes { work_since, sent: Instant::now(), slowest: Duration::ZERO }
+        StepTimes { work_since, sent: Instant::now(), slowest: Duration::ZERO, phases: StepPhases::default() }
     }
 }
 
@@ -263,7 +265,7 @@ impl Worker {
                 let wait = received.saturating_duration_since(state.idle_since.max(times.work_since));
                 let queued = received.saturating_duration_since(times.sent);
                 let rows = batch.tokens.len();
-                let mut watch = state.watcher.watch(step, hidden);
+                let mut watch = state.watcher.watch(step, hidden, &mut times.phases);
                 let forward = |backend: &mut dyn StageBackend| {
                     let (batch, input) = without(&state.refused, batch, input.map(Arrival::into_activations))?;
                     if batch.slices.is_empty() {

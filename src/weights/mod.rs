@@ -33,6 +33,7 @@ mod names;
 use std::path::Path;
 
 use candle_core::quantized::GgmlDType;
+use metal_ext::pack::Format;
 
 use crate::error::Result;
 
@@ -89,6 +90,25 @@ impl WeightType {
             WeightType::Q4_K => GgmlDType::Q4K,
             WeightType::Q5_K => GgmlDType::Q5K,
             WeightType::Q6_K => GgmlDType::Q6K,
+        }
+    }
+
+    /// The format of metal-ext's kernels that holds this type, if there is one.
+    pub fn packed_format(self) -> Option<Format> {
+        match self {
+            WeightType::F16 => Some(Format::F16),
+            WeightType::BF16 => Some(Format::BF16),
+            WeightType::Q8_0 => Some(Format::Q8_0),
+            WeightType::Q4_0 => Some(Format::Q4_0),
+            WeightType::Q4_K => Some(Format::Q4_K),
+            WeightType::Q6_K => Some(Format::Q6_K),
+            WeightType::F32
+            | WeightType::Q4_1
+            | WeightType::Q5_0
+            | WeightType::Q5_1
+            | WeightType::Q2_K
+            | WeightType::Q3_K
+            | WeightType::Q5_K => None,
         }
     }
 

@@ -38,7 +38,7 @@ pub use self::sequence::{Finish, GeneratedToken, GenerationEvent, QueuePlace, Re
 use super::options::FinishReason;
 use crate::backend::{MicroBatch, SequenceId, SequenceSlice};
 use crate::error::Error;
-use crate::instrument::{Event, KvState, Outcome, Probe, StepSlice};
+use crate::instrument::{Event, KvState, Outcome, Probe, StepOutcome, StepSlice};
 use crate::pipeline::worker::{StageMessage, StageReply, StepTimes, panic_message};
 
 /// What the scheduler hears.
@@ -203,20 +203,34 @@ impl Scheduler {
 
     fn serve(&mut self) {
         while let Ok(message) = self.next_message() {
-            if !message.is_none_or(|message| self.handle(message)) {
-                break;
+            let began = self.probe.is_on().then(Instant::now);
+            let goes_on = self.turn(message);
+            if let Some(began) = began {
+                let now = Instant::now();
+                self.probe.emit_at(now, || Event::SchedulerTurn { busy: now - began });
             }
-            // What has arrived in the meantime is heard before the next micro-batch is composed.
-            while let Ok(message) = self.inbox.try_recv() {
-                if !self.handle(message) {
-                    return;
-                }
+            if !goes_on {
+                return;
             }
-            self.expire();
-            self.release_followers();
-            self.admit();
-            self.dispatch();
         }
+    }
+
+    /// Does all that there is to do after a message, or after a deadline; false means stop.
+    fn turn(&mut self, message: Option<Message>) -> bool {
+        if !message.is_none_or(|message| self.handle(message)) {
+            return false;
+        }
+        // What has arrived in the meantime is heard before the next micro-batch is composed.
+        while let Ok(message) = self.inbox.try_recv() {
+            if !self.handle(message) {
+                return false;
+            }
+        }
+        self.expire();
+        self.release_followers();
+        self.admit();
+        self.dispatch();
+        true
     }
 
     /// Waits for a message, or with `None` for the next deadline.
@@ -233,6 +247,9 @@ impl Scheduler {
         for (_, sequence) in std::mem::take(&mut self.active) {
             self.emit_finished(&sequence, Outcome::Error(error.kind()));
             let _ = sequence.request.events.send(Err(error.clone()));
+        }
+        for (step, _) in std::mem::take(&mut self.steps) {
+            self.probe.emit(|| Event::StepFinished { step, outcome: StepOutcome::Failed });
         }
         let waiting = std::mem::take(&mut self.waiting);
         self.refuse(waiting, error);
@@ -275,8 +292,9 @@ impl Scheduler {
             }
             Message::Stage(StageReply::OpenFailed { id, error }) => self.fail(id, error),
             Message::Stage(StageReply::StepFailed { step, error }) => {
-                for slice in self.steps.remove(&step).into_iter().flat_map(|step| step.slices) {
-                    self.fail(slice.id, error.clone());
+                if let Some(failed) = self.steps.remove(&step) {
+                    failed.slices.iter().for_each(|slice| self.fail(slice.id, error.clone()));
+                    self.probe.emit(|| Event::StepFinished { step, outcome: StepOutcome::Failed });
                 }
             }
             Message::Stage(StageReply::Died { error }) => {
@@ -290,8 +308,8 @@ impl Scheduler {
     }
 
     /// A step has left the stages. Some of its sequences may have ended in the meantime.
-    fn landed(&mut self, step: u64, logits: Vec<(SequenceId, Vec<f32>)>, slowest: Duration) {
-        let Some(step) = self.steps.remove(&step) else { return };
+    fn landed(&mut self, number: u64, logits: Vec<(SequenceId, Vec<f32>)>, slowest: Duration) {
+        let Some(step) = self.steps.remove(&number) else { return };
         let mut logits: HashMap<SequenceId, Vec<f32>> = logits.into_iter().collect();
         let mut wanted = false;
         for slice in step.slices {
@@ -308,6 +326,8 @@ impl Scheduler {
         if wanted {
             self.budget.landed(step.decode_rows, step.prefill_rows, slowest);
         }
+        let outcome = if wanted { StepOutcome::Computed } else { StepOutcome::Unwanted };
+        self.probe.emit(|| Event::StepFinished { step: number, outcome });
         if self.probe.interest().is_some_and(|interest| interest.kv) {
             self.probe.emit(|| Event::Kv(self.kv_state()));
         }
@@ -539,13 +559,17 @@ impl Scheduler {
         }
         let outcome = sequence.choose(logits, &self.limits);
         // An error, or a request for no token, chooses none.
-        if let Some((index, since)) = sequence.take_chosen() {
-            self.probe.emit(|| Event::Sampled {
+        if let Some((index, since)) = sequence.take_chosen()
+            && self.probe.is_on()
+        {
+            // One reading of the clock, so that the choice began when it says.
+            let now = Instant::now();
+            self.probe.emit_at(now, || Event::Sampled {
                 request: id.0,
                 token: sequence.tokens[sequence.tokens.len() - 1],
                 index,
                 since,
-                duration: started.elapsed(),
+                duration: now - started,
             });
         }
         match outcome {

@@ -1,0 +1,252 @@
+// Attention of single queries: softmax(scale * q . K) V over the positions that a row sees.
+//
+// A threadgroup takes the query heads of one key head together, so that keys and values come from memory once, and of a
+// row's positions a contiguous part. Its simdgroups are `tiles` times `slices`: each takes up to HEADS of the query heads,
+// and blocks of positions in turn. Within a simdgroup, as many neighbouring lanes as a position has units of 16 bytes
+// (rounded up to a power of two) take a position; the others take the next ones at the same time, and each lane has four
+// such positions under way.
+//
+// Each group of lanes keeps a greatest score, the sum of weights relative to it, and the weighted sum of values (online
+// softmax). These are brought together three times: over the lanes, over the slices, and, where a row's positions are
+// split, by a second kernel over the threadgroups. No score is kept, and where a part has no positions its greatest score
+// is the lowest float, which gives it no weight anywhere.
+
+constant ushort head_dim [[function_constant(0)]];
+constant bool has_softcap [[function_constant(1)]];
+constant bool is_split [[function_constant(2)]]; // partial results are written, for `attend_merge`
+
+constant float LOWEST = -3.402823466e38f;
+
+// Lanes that take a position together.
+inline ushort lanes_for(ushort units) {
+    return units <= 4 ? 4 : units <= 8 ? 8 : units <= 16 ? 16 : 32;
+}
+
+template <typename Kv, ushort HEADS>
+kernel void attend(
+    device const float* q [[buffer(0)]],
+    device const uchar* keys [[buffer(1)]],
+    device const uchar* values [[buffer(2)]],
+    device float* y [[buffer(3)]], // or a row for each split of each head
+    device float2* stats [[buffer(4), function_constant(is_split)]], // their greatest scores and sums of weights
+    constant AttendRow* rows [[buffer(5)]],
+    constant AttendParams& p [[buffer(6)]],
+    threadgroup float4* queries [[threadgroup(0)]],       // (tiles * HEADS, head_dim)
+    threadgroup float4* slice_values [[threadgroup(1)]],  // (simdgroups, head_dim), one query head at a time
+    threadgroup float2* slice_stats [[threadgroup(2)]],   // (simdgroups)
+    uint3 group [[threadgroup_position_in_grid]],
+    ushort thread_index [[thread_index_in_threadgroup]],
+    ushort simdgroups [[simdgroups_per_threadgroup]],
+    ushort simdgroup [[simdgroup_index_in_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]])
+{
+    constexpr ushort PIECES = Kv::UNIT / 4;
+    const ushort threads = simdgroups * 32;
+    const ushort fours = head_dim / 4;
+    const AttendRow row = rows[group.z];
+    const uint split = group.x;
+    if (split >= row.splits) { // the whole threadgroup: other rows have more
+        return;
+    }
+    const uint kv_head = group.y / p.parts;
+    const uint part = group.y % p.parts * p.part_heads; // first query head of the key head
+    const uint count = min(p.part_heads, p.group - part);
+    const uint first_head = kv_head * p.group + part;
+
+    // The queries, times the scale. Heads past the end repeat the last one.
+    for (ushort i = thread_index; i < p.tiles * HEADS * fours; i += threads) {
+        const uint head = first_head + min(uint(i / fours), count - 1);
+        queries[i] = p.scale * ((device const float4*)(q + ulong(group.z) * p.stride_q + head * head_dim))[i % fours];
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+
+    const ushort tile = simdgroup % p.tiles;
+    const ushort slice = simdgroup / p.tiles;
+    const ushort slices = simdgroups / p.tiles;
+    const ushort units = head_dim / Kv::UNIT;
+    const ushort lanes = lanes_for(units);
+    const ushort at_once = 32 / lanes;
+    const ushort unit = lane % lanes;
+    const bool idle = unit >= units;
+    const uint place = idle ? 0 : unit; // idle lanes load what the first one loads
+    const uint first = row.first + split * row.span;
+    const uint end = min(first + row.span, row.end);
+    const uint dim = head_dim;
+    const uint stride = Kv::bytes(dim);
+    keys += ulong(row.base) * 16;
+    values += ulong(row.base) * 16;
+    device const uchar* k_values = Kv::head(keys, p.kv_heads, row.capacity, dim, kv_head) + place * 16;
+    device const uchar* k_scales = Kv::scales(keys, p.kv_heads, row.capacity, dim, kv_head);
+    device const uchar* v_values = Kv::head(values, p.kv_heads, row.capacity, dim, kv_head) + place * 16;
+    device const uchar* v_scales = Kv::scales(values, p.kv_heads, row.capacity, dim, kv_head);
+
+    float greatest[HEADS];
+    float total[HEADS];
+    float4 sum[HEADS][PIECES];
+    for (ushort h = 0; h < HEADS; h++) {
+        greatest[h] = LOWEST;
+        total[h] = 0.0f;
+        for (ushort i = 0; i < PIECES; i++) {
+            sum[h][i] = float4(0.0f);
+        }
+    }
+    for (uint block = first + slice * 4 * at_once; block < end; block += slices * 4 * at_once) {
+        uint position[4]; // those past the end repeat the last one, and get no weight
+        bool seen[4];
+        uint4 unit_of[4];
+        float4 unit_scale;
+        for (ushort u = 0; u < 4; u++) {
+            position[u] = block + u * at_once + lane / lanes;
+            seen[u] = position[u] < end;
+            position[u] = min(position[u], end - 1);
+            unit_of[u] = *(device const uint4*)(k_values + ulong(position[u]) * stride);
+            unit_scale[u] = Kv::scale(k_scales, position[u], dim, place);
+        }
+        float4 weight[HEADS];
+        for (ushort h = 0; h < HEADS; h++) {
+            float4 score = float4(0.0f);
+            for (ushort i = 0; i < PIECES; i++) {
+                const float4 query = queries[(tile * HEADS + h) * fours + place * PIECES + i];
+                for (ushort u = 0; u < 4; u++) {
+                    score[u] += dot(query, Kv::piece(unit_of[u], i));
+                }
+            }
+            if (Kv::SCALED) {
+                score *= unit_scale;
+            }
+            if (idle) {
+                score = float4(0.0f);
+            }
+            for (ushort distance = lanes / 2; distance > 0; distance /= 2) {
+                score += simd_shuffle_xor(score, distance);
+            }
+            if (has_softcap) {
+                score = p.softcap * precise::tanh(score / p.softcap);
+            }
+            float most = greatest[h];
+            for (ushort u = 0; u < 4; u++) {
+                most = seen[u] ? max(most, score[u]) : most;
+            }
+            const float factor = exp(greatest[h] - most);
+            for (ushort u = 0; u < 4; u++) {
+                weight[h][u] = seen[u] ? exp(score[u] - most) : 0.0f;
+            }
+            greatest[h] = most;
+            total[h] = total[h] * factor + weight[h].x + weight[h].y + weight[h].z + weight[h].w;
+            for (ushort i = 0; i < PIECES; i++) {
+                sum[h][i] *= factor;
+            }
+        }
+        for (ushort u = 0; u < 4; u++) {
+            unit_of[u] = *(device const uint4*)(v_values + ulong(position[u]) * stride);
+            unit_scale[u] = Kv::scale(v_scales, position[u], dim, place);
+        }
+        for (ushort h = 0; h < HEADS; h++) {
+            if (Kv::SCALED) {
+                weight[h] *= unit_scale;
+            }
+            for (ushort i = 0; i < PIECES; i++) {
+                for (ushort u = 0; u < 4; u++) {
+                    sum[h][i] += weight[h][u] * Kv::piece(unit_of[u], i);
+                }
+            }
+        }
+    }
+
+    // Over the groups of lanes. Both sides of an exchange compute the same.
+    for (ushort distance = lanes; distance < 32; distance *= 2) {
+        for (ushort h = 0; h < HEADS; h++) {
+            const float most = max(greatest[h], simd_shuffle_xor(greatest[h], distance));
+            const float factor = exp(greatest[h] - most);
+            greatest[h] = most;
+            total[h] *= factor;
+            total[h] += simd_shuffle_xor(total[h], distance);
+            for (ushort i = 0; i < PIECES; i++) {
+                sum[h][i] *= factor;
+                sum[h][i] += simd_shuffle_xor(sum[h][i], distance);
+            }
+        }
+    }
+
+    // Over the slices, one head of each tile at a time.
+    for (ushort h = 0; h < HEADS; h++) {
+        if (lane < units) {
+            for (ushort i = 0; i < PIECES; i++) {
+                slice_values[simdgroup * fours + unit * PIECES + i] = sum[h][i];
+            }
+        }
+        if (lane == 0) {
+            slice_stats[simdgroup] = float2(greatest[h], total[h]);
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        for (ushort i = thread_index; i < p.tiles * fours; i += threads) {
+            const ushort of_tile = i / fours;
+            const uint in_part = of_tile * HEADS + h;
+            if (in_part < count) {
+                float most = LOWEST;
+                for (ushort s = 0; s < slices; s++) {
+                    most = max(most, slice_stats[s * p.tiles + of_tile].x);
+                }
+                float all = 0.0f;
+                float4 out = float4(0.0f);
+                for (ushort s = 0; s < slices; s++) {
+                    const ushort from = s * p.tiles + of_tile;
+                    const float factor = exp(slice_stats[from].x - most);
+                    all += factor * slice_stats[from].y;
+                    out += factor * slice_values[from * fours + i % fours];
+                }
+                const uint head = first_head + in_part;
+                if (is_split) {
+                    const ulong to = (ulong(group.z) * p.kv_heads * p.group + head) * p.most_splits + split;
+                    ((device float4*)y)[to * fours + i % fours] = out;
+                    if (i % fours == 0) {
+                        stats[to] = float2(most, all);
+                    }
+                } else {
+                    ((device float4*)(y + ulong(group.z) * p.stride_y + head * dim))[i % fours] = out / all;
+                }
+            }
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+}
+
+// Brings the splits of a row's head together: a simdgroup, a split for each of its lanes and then a few values.
+kernel void attend_merge(
+    device const float* partial [[buffer(0)]],
+    device const float2* stats [[buffer(1)]],
+    device float* y [[buffer(2)]],
+    constant AttendRow* rows [[buffer(3)]],
+    constant AttendParams& p [[buffer(4)]],
+    uint2 group [[threadgroup_position_in_grid]],
+    ushort lane [[thread_index_in_simdgroup]])
+{
+    constexpr ushort MOST_FOURS = 2; // of a lane: 256 values of a head
+    const ushort fours = head_dim / 4;
+    const ushort splits = rows[group.y].splits;
+    const ulong from = (ulong(group.y) * p.kv_heads * p.group + group.x) * p.most_splits;
+    const float2 own = lane < splits ? stats[from + lane] : float2(LOWEST, 0.0f);
+    const float factor = exp(own.x - simd_max(own.x));
+    const float all = simd_sum(factor * own.y);
+    float4 out[MOST_FOURS] = {};
+    for (ushort split = 0; split < splits; split++) {
+        const float weight = simd_shuffle(factor, split);
+        for (ushort i = 0; i < MOST_FOURS; i++) {
+            if (i * 32 + lane < fours) {
+                out[i] += weight * ((device const float4*)partial)[(from + split) * fours + i * 32 + lane];
+            }
+        }
+    }
+    for (ushort i = 0; i < MOST_FOURS; i++) {
+        if (i * 32 + lane < fours) {
+            ((device float4*)(y + ulong(group.y) * p.stride_y + group.x * head_dim))[i * 32 + lane] = out[i] / all;
+        }
+    }
+}
+
+#define INSTANTIATE(format, name, heads) \
+    template [[host_name("attend_" name "_" #heads)]] [[kernel]] decltype(attend<format, heads>) attend<format, heads>;
+#define INSTANTIATE_HEADS(format, name) INSTANTIATE(format, name, 1) INSTANTIATE(format, name, 2) INSTANTIATE(format, name, 4)
+
+INSTANTIATE_HEADS(KvF16, "f16")
+INSTANTIATE_HEADS(KvQ8_0, "q8_0")

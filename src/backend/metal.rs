@@ -1,0 +1,270 @@
+//! The backend on an Apple GPU: decode steps by metal-ext's fused kernels where they cover the stage, everything else by
+//! the decoder over candle's tensors.
+//!
+//! Both work on the same weights and on the same KV cache, F16 (num_key_value_heads, capacity, head_dim) tensors of one
+//! sequence and layer each, so a sequence may change from one to the other at any step. The fused path takes a step of one
+//! row of each of up to eight sequences. It encodes the whole step into candle's command encoder without waiting, over
+//! buffers that stay; only logits come back.
+
+use std::cell::RefCell;
+
+use candle_core::{DType, Device, Tensor};
+use metal_ext::decode::{self, KvCache, Row, Scratch};
+use metal_ext::gemv::MOST_ROWS;
+use metal_ext::metal::{Buffer, Compile, autoreleasepool};
+use metal_ext::{MetalExtOptions, Region};
+
+use super::candle::CandleBackend;
+use super::fused::{self, FusedBuffers};
+use super::{MicroBatch, SequenceId, StageBackend, StageBytes, StageOutput, StageSource};
+use crate::error::{Error, Result};
+use crate::instrument::{HiddenRow, Watch};
+use crate::model::kv_cache::SequenceKv;
+use crate::model::linear::{CandleBuild, Matrix};
+use crate::model::metal_matrix::{Kernels, buffer_of};
+
+/// A run of decoder layers on an Apple GPU.
+pub struct MetalBackend {
+    candle: CandleBackend,
+    source: StageSource,
+    fused: Option<Fused>,
+}
+
+/// What the fused step works with.
+struct Fused {
+    stage: decode::Stage<Buffer>,
+    scratch: Scratch<Buffer>,
+    kernels: Kernels,
+    options: MetalExtOptions,
+    logits: Tensor, // (MOST_ROWS, stride of vocab_size)
+    /// Whose buffers the stage and the scratch name.
+    _kept: Vec<Tensor>,
+}
+
+impl MetalBackend {
+    /// Loads a stage tensor by tensor; `progress` hears of bytes as they arrive.
+    pub fn load(source: &StageSource, progress: &dyn Fn(u64)) -> Result<Self> {
+        let candle = CandleBackend::load(source, progress)?;
+        let fused = match source.metal.fused {
+            false => None,
+            true => match Fused::new(source, &candle)? {
+                Ok(fused) => Some(fused),
+                Err(why) => {
+                    let layers = &source.layers;
+                    tracing::info!("layers {layers:?} on {} decode with candle's kernels: {why}", source.device.spec);
+                    None
+                }
+            },
+        };
+        Ok(MetalBackend { candle, source: source.clone(), fused })
+    }
+}
+
+impl Fused {
+    /// The stage in the fused step's terms; the inner error says what it does not cover.
+    fn new(source: &StageSource, candle: &CandleBackend) -> Result<metal_ext::Result<Fused>> {
+        let device = &source.device.device;
+        let Some(kernels) = Kernels::of(device, source.metal) else {
+            return Ok(Err(metal_ext::Error::unsupported("fused decode", "the device is not on Metal")));
+        };
+        let buffers = TensorBuffers { device, kept: RefCell::default() };
+        let stage = match fused::stage(&source.config, source.layers.start, candle.decoder().weights(), &buffers) {
+            Ok(stage) => stage,
+            Err(why) => return Ok(Err(why)),
+        };
+        let bytes = stage.scratch_bytes(MOST_ROWS);
+        let zeros = |bytes: usize| buffers.keep(Tensor::zeros(bytes.div_ceil(4), DType::F32, device)?);
+        let vocab = decode::stride(stage.head.as_ref().map_or(1, |head| head.projection.layout.n));
+        let logits = Tensor::zeros((MOST_ROWS, vocab), DType::F32, device)?;
+        let scratch = Scratch {
+            qkv: zeros(bytes.qkv)?,
+            q: zeros(bytes.q)?,
+            mixed: zeros(bytes.mixed)?,
+            gated: zeros(bytes.gated)?,
+            branch: zeros(bytes.branch)?,
+            partials: zeros(bytes.partials)?,
+            logits: buffer_of(&logits)?.0,
+        };
+        let options = source.metal;
+        let fused = Fused { stage, scratch, kernels, options, logits, _kept: buffers.kept.into_inner() };
+        fused.compile()?;
+        Ok(Ok(fused))
+    }
+
+    /// Compiles every kernel that steps of this stage use.
+    fn compile(&self) -> Result<()> {
+        let Scratch { branch: any, .. } = &self.scratch;
+        let angles = || [Region::at(any, 0), Region::at(any, 0)];
+        for rows in 1..=MOST_ROWS {
+            for position in decode::POSITIONS {
+                let kv = KvCache { keys: any.clone(), values: any.clone(), capacity: position + 1 };
+                let kv = vec![kv; self.stage.layers.len()];
+                let row = || Row { position, kv: &kv, global_angles: angles(), local_angles: Some(angles()) };
+                let rows: Vec<Row<Buffer>> = (0..rows).map(|_| row()).collect();
+                let wanted: Vec<usize> = (0..rows.len()).collect();
+                let mut pipelines = self.kernels.pipelines();
+                let mut compile = Compile(&mut pipelines);
+                self.stage.encode(&mut compile, any, &rows, &wanted, &self.scratch, &self.options).map_err(gpu)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A step of one row of each sequence; `kv` holds theirs.
+    fn step(
+        &self,
+        source: &StageSource,
+        batch: &MicroBatch,
+        x: Tensor, // (rows, hidden_size), f32, of nobody else
+        kv: &[&SequenceKv],
+    ) -> Result<StageOutput> {
+        let mut kept = Vec::new();
+        let mut angles = |rope: &crate::model::rope::RopeCache, position, length| -> Result<[(Buffer, usize); 2]> {
+            let (cos, sin) = rope.cos_sin(position, 1, length)?;
+            let buffers = [buffer_of(&cos)?, buffer_of(&sin)?];
+            kept.extend([cos, sin]);
+            Ok(buffers)
+        };
+        let mut places = Vec::with_capacity(kv.len());
+        for (slice, kv) in batch.slices.iter().zip(kv) {
+            if slice.position >= kv.capacity() {
+                let (position, capacity) = (slice.position + 1, kv.capacity());
+                return Err(Error::Tensors(format!("position {position} is past the KV cache's {capacity}")));
+            }
+            let caches = (0..self.stage.layers.len())
+                .map(|layer| {
+                    let (keys, values) = kv.tensors(layer);
+                    Ok(KvCache { keys: buffer_of(keys)?.0, values: buffer_of(values)?.0, capacity: kv.capacity() })
+                })
+                .collect::<Result<Vec<_>>>()?;
+            let global = angles(&source.ropes.global, slice.position, slice.length)?;
+            let local = match &source.ropes.local {
+                Some(local) => Some(angles(local, slice.position, slice.length)?),
+                None => None,
+            };
+            places.push((slice.position, caches, global, local));
+        }
+        let rows: Vec<Row<Buffer>> = places
+            .iter()
+            .map(|(position, caches, global, local)| Row {
+                position: *position,
+                kv: caches,
+                global_angles: global.each_ref().map(|(buffer, offset)| Region::at(buffer, *offset)),
+                local_angles: local
+                    .as_ref()
+                    .map(|local| local.each_ref().map(|(buffer, offset)| Region::at(buffer, *offset))),
+            })
+            .collect();
+        let wanted: Vec<usize> =
+            batch.slices.iter().enumerate().filter(|(_, slice)| slice.logits).map(|(row, _)| row).collect();
+        let (buffer, _) = buffer_of(&x)?;
+        self.kernels
+            .encode(|encoder| self.stage.encode(encoder, &buffer, &rows, &wanted, &self.scratch, &self.options))?;
+        let Some(head) = &self.stage.head else { return Ok(StageOutput::Activations(x)) };
+        if wanted.is_empty() {
+            return Ok(StageOutput::Logits(Vec::new()));
+        }
+        let all = self.logits.narrow(0, 0, rows.len())?.narrow(1, 0, head.projection.layout.n)?.to_vec2::<f32>()?;
+        let finished = |row: usize| fused::finish_logits(&source.config, all[row].clone());
+        Ok(StageOutput::Logits(wanted.into_iter().map(finished).collect()))
+    }
+}
+
+fn gpu(error: metal_ext::Error) -> Error {
+    Error::Tensors(error.to_string())
+}
+
+/// Makes the fused step's weights from the decoder's.
+struct TensorBuffers<'a> {
+    device: &'a Device,
+    kept: RefCell<Vec<Tensor>>,
+}
+
+impl TensorBuffers<'_> {
+    /// The tensor's buffer; the tensor stays.
+    fn keep(&self, tensor: Tensor) -> Result<Buffer> {
+        let (buffer, _) = buffer_of(&tensor)?;
+        self.kept.borrow_mut().push(tensor);
+        Ok(buffer)
+    }
+}
+
+impl FusedBuffers<CandleBuild> for TensorBuffers<'_> {
+    type Buffer = Buffer;
+
+    fn matrix(&self, matrix: &Matrix) -> metal_ext::Result<decode::Matrix<Buffer>> {
+        match matrix {
+            Matrix::Metal(matrix) => {
+                matrix.packed().map_err(|e| metal_ext::Error::unsupported("fused decode", e.to_string()))
+            }
+            Matrix::Dense(tensor) => {
+                let reason = format!("no kernel reads {} matrices", tensor.dtype().as_str());
+                Err(metal_ext::Error::unsupported("fused decode", reason))
+            }
+            Matrix::Quantised { tensor, .. } => {
+                let reason = format!("no kernel reads {:?} matrices", tensor.dtype());
+                Err(metal_ext::Error::unsupported("fused decode", reason))
+            }
+            Matrix::Packed { .. } => Err(metal_ext::Error::unsupported("fused decode", "the weights are on a CPU")),
+        }
+    }
+
+    fn floats(&self, vectors: &[&Tensor]) -> metal_ext::Result<Buffer> {
+        let joined = || -> Result<Buffer> {
+            let values = Tensor::cat(vectors, 0)?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
+            self.keep(Tensor::from_vec(values.clone(), values.len(), self.device)?)
+        };
+        joined().map_err(|e| metal_ext::Error::unsupported("fused decode", e.to_string()))
+    }
+}
+
+impl StageBackend for MetalBackend {
+    fn open(&mut self, id: SequenceId, capacity: usize) -> Result<()> {
+        self.candle.open(id, capacity)
+    }
+
+    fn fork(&mut self, from: SequenceId, to: SequenceId, len: usize, capacity: usize) -> Result<()> {
+        self.candle.fork(from, to, len, capacity)
+    }
+
+    fn close(&mut self, id: SequenceId) {
+        self.candle.close(id);
+    }
+
+    fn forward(&mut self, batch: &MicroBatch, input: Option<Tensor>, watch: &mut Watch) -> Result<StageOutput> {
+        // What Metal hands out during a step is released at its end, not when the thread ends.
+        autoreleasepool(|_| {
+            let one_each = batch.slices.iter().all(|slice| slice.len == 1);
+            let mut ids: Vec<SequenceId> = batch.slices.iter().map(|slice| slice.id).collect();
+            ids.sort_unstable();
+            ids.dedup();
+            match &self.fused {
+                // Who wants to see what is inside sees candle's steps, which round differently.
+                Some(fused)
+                    if !watch.looks_inside()
+                        && one_each
+                        && ids.len() == batch.slices.len()
+                        && (1..=MOST_ROWS).contains(&ids.len()) =>
+                {
+                    let kv = batch.slices.iter().map(|slice| self.candle.sequence(slice.id));
+                    let kv = kv.collect::<Result<Vec<_>>>()?;
+                    let x = match input {
+                        // A copy: the step works in place.
+                        Some(input) => input.to_dtype(DType::F32)?.force_contiguous()?,
+                        None => self.candle.decoder().embed(&batch.tokens)?,
+                    };
+                    fused.step(&self.source, batch, x, &kv)
+                }
+                _ => self.candle.forward(batch, input, watch),
+            }
+        })
+    }
+
+    fn lens(&mut self, rows: &[HiddenRow]) -> Result<Vec<Vec<f32>>> {
+        self.candle.lens(rows)
+    }
+
+    fn bytes(&self) -> StageBytes {
+        self.candle.bytes()
+    }
+}

@@ -1,0 +1,318 @@
+//! The Metal path on a machine without Metal: metal-ext's fused decode step, its kernels run on the CPU, against the CPU
+//! backend, token by token. What is different on a GPU is its compiler and its rounding; grids, offsets, weights and the
+//! order of everything are the same.
+#![cfg(not(target_os = "macos"))]
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_pipeline::backend::fused::{self, FusedBuffers};
+use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource};
+use candle_pipeline::instrument::Watch;
+use candle_pipeline::kernels::dequantise;
+use candle_pipeline::model::config::DecoderConfig;
+use candle_pipeline::model::rope::Ropes;
+use candle_pipeline::model::stage_weights::{Build, StageWeights};
+use candle_pipeline::weights::{StoredTensor, TensorMeta, WeightSource, WeightType};
+use candle_pipeline::{DEMO_MODEL, DeviceSpec, HeterogeneousPipeline, Result};
+use metal_ext::decode::{self, KvCache, Row, Scratch};
+use metal_ext::dequantise::LookUp;
+use metal_ext::gemv::PackedMatrix;
+use metal_ext::pack::MatrixLayout;
+use metal_ext::{MetalExtOptions, Region};
+use msl_cpu::{Check, CpuBuffer, CpuEncoder};
+
+/// Packs matrices into buffers for the CPU encoder.
+struct CpuBuffers;
+
+impl Build for CpuBuffers {
+    type Matrix = decode::Matrix<CpuBuffer>;
+    type Vector = Vec<f32>;
+
+    fn matrix(&self, dtype: WeightType, bytes: &[u8], n: usize, k: usize) -> Result<Option<Self::Matrix>> {
+        let Some(format) = dtype.packed_format() else { return Ok(None) };
+        let layout = MatrixLayout::new(format, n, k).unwrap();
+        let mut packed = vec![0; layout.bytes];
+        layout.pack(bytes, &mut packed).unwrap();
+        Ok(Some(decode::Matrix { layout, buffer: CpuBuffer::from_bytes(&packed), offset: 0 }))
+    }
+
+    fn vector(&self, values: Vec<f32>) -> Result<Vec<f32>> {
+        Ok(values)
+    }
+
+    fn matrix_bytes(matrix: &Self::Matrix) -> u64 {
+        matrix.layout.bytes as u64
+    }
+
+    fn vector_bytes(vector: &Vec<f32>) -> u64 {
+        vector.len() as u64 * 4
+    }
+}
+
+impl FusedBuffers<CpuBuffers> for CpuBuffers {
+    type Buffer = CpuBuffer;
+
+    fn matrix(&self, matrix: &decode::Matrix<CpuBuffer>) -> metal_ext::Result<decode::Matrix<CpuBuffer>> {
+        Ok(matrix.clone())
+    }
+
+    fn floats(&self, vectors: &[&Vec<f32>]) -> metal_ext::Result<CpuBuffer> {
+        let values: Vec<f32> = vectors.iter().copied().flatten().copied().collect();
+        Ok(CpuBuffer::from_floats(&values))
+    }
+}
+
+/// A whole model as the fused step sees it, over the CPU encoder's buffers.
+struct FusedModel {
+    config: Arc<DecoderConfig>,
+    ropes: Ropes,
+    embeddings: decode::Matrix<CpuBuffer>,
+    stage: decode::Stage<CpuBuffer>,
+    scratch: Scratch<CpuBuffer>,
+}
+
+impl FusedModel {
+    fn load(source: &dyn WeightSource, config: &Arc<DecoderConfig>, rows: usize) -> FusedModel {
+        let layers = 0..config.num_hidden_layers;
+        let weights = StageWeights::load(source, config, layers, None, &CpuBuffers, &|_| {}).unwrap();
+        let stage = fused::stage(config, 0, &weights, &CpuBuffers).unwrap();
+        let bytes = stage.scratch_bytes(rows);
+        let scratch = Scratch {
+            qkv: CpuBuffer::new(bytes.qkv),
+            q: CpuBuffer::new(bytes.q),
+            mixed: CpuBuffer::new(bytes.mixed),
+            gated: CpuBuffer::new(bytes.gated),
+            branch: CpuBuffer::new(bytes.branch),
+            partials: CpuBuffer::new(bytes.partials),
+            logits: CpuBuffer::new(bytes.logits),
+        };
+        let embeddings = weights.embeddings.as_deref().unwrap().clone();
+        let ropes = Ropes::new(config, &candle_core::Device::Cpu);
+        FusedModel { config: config.clone(), ropes, embeddings, stage, scratch }
+    }
+
+    fn new_kv(&self, capacity: usize) -> Vec<KvCache<CpuBuffer>> {
+        let bytes = self.config.num_key_value_heads * capacity * self.config.head_dim * 2;
+        let layers = self.stage.layers.iter();
+        layers.map(|_| KvCache { keys: CpuBuffer::new(bytes), values: CpuBuffer::new(bytes), capacity }).collect()
+    }
+
+    /// One row of each sequence; returns the logits of each.
+    fn step(&self, check: Check, rows: &[(u32, usize, &[KvCache<CpuBuffer>])]) -> Vec<Vec<f32>> {
+        let hidden = self.config.hidden_size;
+        let mut encoder = CpuEncoder::new(check);
+        let x = CpuBuffer::new(rows.len() * decode::stride(hidden) * 4);
+        let tokens: Vec<u32> = rows.iter().map(|(token, ..)| *token).collect();
+        LookUp {
+            table: PackedMatrix { layout: self.embeddings.layout, buffer: &self.embeddings.buffer, offset: 0 },
+            tokens: &tokens,
+            multiplier: self.config.embedding_multiplier as f32,
+            out: Region::at(&x, 0),
+        }
+        .encode(&mut encoder)
+        .unwrap();
+        let half = self.ropes.global.rotary_dim() / 2;
+        let angles: Vec<[CpuBuffer; 2]> = rows
+            .iter()
+            .map(|(_, position, _)| {
+                let (mut cos, mut sin) = (vec![0.0; half], vec![0.0; half]);
+                self.ropes.global.copy_rows(*position, position + 1, &mut cos, &mut sin).unwrap();
+                [CpuBuffer::from_floats(&cos), CpuBuffer::from_floats(&sin)]
+            })
+            .collect();
+        let places: Vec<Row<CpuBuffer>> = rows
+            .iter()
+            .zip(&angles)
+            .map(|((_, position, kv), angles)| Row {
+                position: *position,
+                kv,
+                global_angles: angles.each_ref().map(|buffer| Region::at(buffer, 0)),
+                local_angles: None,
+            })
+            .collect();
+        let wanted: Vec<usize> = (0..rows.len()).collect();
+        let options = MetalExtOptions::default();
+        self.stage.encode(&mut encoder, &x, &places, &wanted, &self.scratch, &options).unwrap();
+        let vocab = self.config.vocab_size;
+        let logits = self.scratch.logits.floats();
+        let logits = logits.chunks(decode::stride(vocab)).take(rows.len());
+        logits.map(|row| fused::finish_logits(&self.config, row[..vocab].to_vec())).collect()
+    }
+}
+
+/// A model's tensors, every one widened to F32: the CPU backend then multiplies unrounded inputs, as the kernels do,
+/// instead of inputs rounded to 8 bits.
+struct Widened {
+    source: Arc<dyn WeightSource>,
+    tensors: HashMap<String, Vec<u8>>,
+}
+
+impl Widened {
+    fn new(source: Arc<dyn WeightSource>) -> Widened {
+        let widen = |name: String| {
+            let stored = source.tensor(&name).unwrap();
+            let values = dequantise(stored.meta.dtype, stored.bytes).unwrap();
+            (name, values.into_iter().flat_map(f32::to_le_bytes).collect())
+        };
+        let tensors = source.names().into_iter().map(widen).collect();
+        Widened { source, tensors }
+    }
+}
+
+impl WeightSource for Widened {
+    fn meta(&self, name: &str) -> Result<Option<TensorMeta>> {
+        Ok(self.source.meta(name)?.map(|meta| TensorMeta { dtype: WeightType::F32, ..meta }))
+    }
+
+    fn tensor(&self, name: &str) -> Result<StoredTensor<'_>> {
+        let StoredTensor { meta, .. } = self.source.tensor(name)?;
+        Ok(StoredTensor { meta: TensorMeta { dtype: WeightType::F32, ..meta }, bytes: &self.tensors[name] })
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.source.names()
+    }
+
+    fn release(&self, _: &str) {}
+
+    fn stored_name(&self, name: &str) -> String {
+        self.source.stored_name(name)
+    }
+
+    fn path_of(&self, name: &str) -> &Path {
+        self.source.path_of(name)
+    }
+}
+
+/// What a CPU stage with the whole model is loaded from.
+fn source_of(file: &str) -> StageSource {
+    let model = Path::new(DEMO_MODEL).join(file);
+    let devices = [DeviceSpec::Cpu { threads: Some(1) }];
+    HeterogeneousPipeline::new(&devices, model.to_str().unwrap()).unwrap().stage_source(0)
+}
+
+fn cpu_step(backend: &mut dyn StageBackend, id: SequenceId, token: u32, position: usize) -> Vec<f32> {
+    let slice = SequenceSlice { id, position, len: 1, length: position + 1, logits: true };
+    match backend.forward(&MicroBatch { slices: vec![slice], tokens: vec![token] }, None, &mut Watch::off()).unwrap() {
+        StageOutput::Logits(mut logits) => logits.remove(0),
+        StageOutput::Activations(_) => unreachable!("a whole model returns logits"),
+    }
+}
+
+fn best(logits: &[f32]) -> u32 {
+    let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+    best.map_or(0, |(token, _)| token as u32)
+}
+
+fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+/// Generates a story with both until the end token, and follows it with the CPU backend on the file as it is. No logit
+/// differs from the widened model's by more than `tolerance`, nor from the CPU backend's own by more than `rounding`.
+fn same_story(file: &str, tolerance: f32, rounding: f32) {
+    let source = source_of(file);
+    let fused = FusedModel::load(&*source.weights, &source.config, 1);
+    let widened = StageSource { weights: Arc::new(Widened::new(source.weights.clone())), ..source.clone() };
+    let (mut exact, mut rounded) = (widened.load(&|_| {}).unwrap(), source.load(&|_| {}).unwrap());
+    let capacity = source.config.max_position_embeddings;
+    let kv = fused.new_kv(capacity);
+    let id = SequenceId(1);
+    exact.open(id, capacity).unwrap();
+    rounded.open(id, capacity).unwrap();
+    let (mut token, mut story) = (0, Vec::new());
+    let (mut off, mut off_rounded, mut ties) = (0f32, 0f32, 0);
+    for position in 0..capacity {
+        let got = fused.step(Check::Fast, &[(token, position, &kv)]).remove(0);
+        let want = cpu_step(&mut *exact, id, token, position);
+        off = off.max(largest_difference(&got, &want));
+        assert!(off <= tolerance, "{file}, position {position}: logits differ by {off}");
+        let cpu = cpu_step(&mut *rounded, id, token, position);
+        let here = largest_difference(&got, &cpu);
+        off_rounded = off_rounded.max(here);
+        assert!(off_rounded <= rounding, "{file}, position {position}: logits differ by {off_rounded} from the CPU's");
+        token = best(&got);
+        assert_eq!(token, best(&want), "{file}, position {position}, after {story:?}");
+        let other = best(&cpu);
+        if token != other {
+            // Only where both tokens are as likely as the rounding can tell.
+            let margin = got[token as usize] - got[other as usize];
+            assert!(margin <= 2.0 * here, "{file}, position {position}: {token} leads {other} by {margin}");
+            ties += 1;
+        }
+        if source.config.eos_token_ids.contains(&token) {
+            break;
+        }
+        story.push(token);
+    }
+    println!(
+        "{file}: {} tokens; logits are within {off} of the widened model's and {off_rounded} of the CPU's, which would \
+         have taken another token {ties} times",
+        story.len()
+    );
+    assert!(story.len() > 100, "that is no story: {story:?}");
+}
+
+// The CPU backend multiplies F16 weights with unrounded inputs, as the kernels do: it tells the very same story.
+#[test]
+fn the_f16_model_tells_the_same_story() {
+    same_story("", 0.01, 0.01); // the folder itself: model.safetensors
+}
+
+// Where weights are quantised it rounds inputs to 8 bits, and the kernels do not. Its logits differ by that, and once in
+// a while it takes the other of two tokens that are equally likely.
+#[test]
+fn the_q8_0_model_tells_the_same_story() {
+    same_story("demo-q8_0.gguf", 0.01, 0.5);
+}
+
+#[test]
+fn the_q4_0_model_tells_the_same_story() {
+    same_story("demo-q4_0.gguf", 0.01, 0.5);
+}
+
+#[test]
+fn sequences_of_one_step_are_what_they_are_alone() {
+    let source = source_of("");
+    let fused = FusedModel::load(&*source.weights, &source.config, 3);
+    let prompts: [&[u32]; 3] = [&[0, 300, 17], &[0, 41], &[0, 500, 600, 2]];
+    let alone: Vec<Vec<f32>> = prompts
+        .iter()
+        .map(|prompt| {
+            let kv = fused.new_kv(16);
+            let steps = prompt.iter().enumerate();
+            steps.map(|(at, token)| fused.step(Check::Fast, &[(*token, at, &kv)]).remove(0)).last().unwrap()
+        })
+        .collect();
+    // The last token of each in one step.
+    let kvs: Vec<_> = prompts.iter().map(|_| fused.new_kv(16)).collect();
+    for (prompt, kv) in prompts.iter().zip(&kvs) {
+        for (at, token) in prompt[..prompt.len() - 1].iter().enumerate() {
+            fused.step(Check::Fast, &[(*token, at, kv)]);
+        }
+    }
+    let rows: Vec<(u32, usize, &[KvCache<CpuBuffer>])> = prompts
+        .iter()
+        .zip(&kvs)
+        .map(|(prompt, kv)| (prompt[prompt.len() - 1], prompt.len() - 1, kv.as_slice()))
+        .collect();
+    let together = fused.step(Check::Fast, &rows);
+    for (alone, together) in alone.iter().zip(&together) {
+        assert!(largest_difference(alone, together) <= 1e-4);
+    }
+}
+
+#[test]
+fn a_step_passes_every_check() {
+    let source = source_of("");
+    let mut fused = FusedModel::load(&*source.weights, &source.config, 2);
+    // One layer is enough: all are encoded alike.
+    fused.stage.layers.truncate(1);
+    let kvs = [fused.new_kv(3), fused.new_kv(5)];
+    for position in 0..3 {
+        let rows = [(7, position, kvs[0].as_slice()), (9, position, kvs[1].as_slice())];
+        fused.step(Check::AllOrders, &rows);
+    }
+}
