@@ -16,16 +16,27 @@
 
 mod common;
 
+use std::hint::black_box;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
-use candle_pipeline::instrument::queue::{Listener, QueueOptions, Sink, listen};
-use candle_pipeline::instrument::{AttentionFilter, Collector, Interest, LensInterest, Probe, Record};
+use candle_pipeline::instrument::chrome::{ChromeTrace, ChromeTraceOptions};
+use candle_pipeline::instrument::jsonl::{MetricsLog, MetricsLogOptions};
+use candle_pipeline::instrument::metrics::{Metrics, MetricsOptions};
+use candle_pipeline::instrument::prometheus;
+use candle_pipeline::instrument::queue::{QueueOptions, Sink, listen};
+use candle_pipeline::instrument::session_log::{SessionLog, SessionLogLevel, SessionLogOptions};
+use candle_pipeline::instrument::tracer::{ModelTracerConfig, trace};
+use candle_pipeline::instrument::{AttentionFilter, Interest, LensInterest, Record};
 use candle_pipeline::{ExecutorOptions, GenerationEvent, GenerationOptions, HeterogeneousPipelineExecutor};
 use clap::Parser;
 use common::cases::Case;
+use common::instruments::Instruments;
 use common::ratio::Ratio;
 use common::{Flags, OutputFormat};
 use futures::StreamExt;
@@ -56,38 +67,41 @@ struct Arguments {
     json: bool,
 }
 
-/// Collectors, and what must live as long as they are to work.
-struct Installed {
-    collectors: Vec<Arc<dyn Collector>>,
-    _behind: Vec<Box<dyn Send>>,
-}
-
-/// A configuration: its name, and how it is installed.
-type Configuration = (&'static str, fn() -> Result<Installed>);
+/// A configuration: its name, and how it is installed, with a folder for files.
+type Configuration = (&'static str, fn(&mut Instruments, &Path) -> Result<()>);
 
 /// What is measured. A further collector is a further line.
 const CONFIGURATIONS: &[Configuration] = &[
-    ("off", || Ok(Installed { collectors: Vec::new(), _behind: Vec::new() })),
-    ("events", || sink(Interest::default())),
-    ("kv", || sink(Interest { kv: true, ..Interest::default() })),
-    ("phases-5ms", || sink(Interest { phases: Some(Duration::from_millis(5)), ..Interest::default() })),
-    ("phases", || sink(Interest { phases: Some(Duration::ZERO), ..Interest::default() })),
-    ("activations", || sink(Interest { activations: true, ..Interest::default() })),
-    ("attention", || sink(Interest { attention: Some(AttentionFilter::default()), ..Interest::default() })),
-    ("lens", || sink(Interest { lens: Some(LensInterest { tokens: Vec::new(), top_k: 1 }), ..Interest::default() })),
-    ("all", || {
-        sink(Interest {
-            phases: Some(Duration::ZERO),
-            synchronise: true,
-            activations: true,
-            attention: Some(AttentionFilter::default()),
-            lens: Some(LensInterest { tokens: Vec::new(), top_k: 1 }),
-            kv: true,
-        })
+    ("off", |_, _| Ok(())),
+    ("events", |to, _| put(to, Nothing(Interest::default()))),
+    ("kv", |to, _| put(to, Nothing(Interest { kv: true, ..Interest::default() }))),
+    ("phases-5ms", |to, _| {
+        put(to, Nothing(Interest { phases: Some(Duration::from_millis(5)), ..Interest::default() }))
+    }),
+    ("phases", |to, _| put(to, Nothing(Interest { phases: Some(Duration::ZERO), ..Interest::default() }))),
+    ("activations", |to, _| put(to, Nothing(Interest { activations: true, ..Interest::default() }))),
+    ("attention", |to, _| {
+        put(to, Nothing(Interest { attention: Some(AttentionFilter::default()), ..Interest::default() }))
+    }),
+    ("lens", |to, _| {
+        put(to, Nothing(Interest { lens: Some(LensInterest { tokens: Vec::new(), top_k: 1 }), ..Interest::default() }))
+    }),
+    ("metrics", metrics),
+    ("log-minimal", |to, folder| session_log(to, folder, SessionLogLevel::Minimal)),
+    ("log-detailed", |to, folder| session_log(to, folder, SessionLogLevel::Detailed)),
+    ("log-verbose", |to, folder| session_log(to, folder, SessionLogLevel::Verbose)),
+    ("chrome-trace", |to, folder| put(to, ChromeTrace::create(ChromeTraceOptions::new(folder.join("trace.json")))?)),
+    ("tracer-light", |to, _| tracer(to, ModelTracerConfig::lightweight())),
+    ("tracer-full", |to, _| tracer(to, ModelTracerConfig::full())),
+    ("together", |to, folder| {
+        metrics(to, folder)?;
+        session_log(to, folder, SessionLogLevel::Detailed)?;
+        put(to, ChromeTrace::create(ChromeTraceOptions::new(folder.join("trace.json")))?)?;
+        tracer(to, ModelTracerConfig::lightweight())
     }),
 ];
 
-/// Takes events and makes nothing of them.
+/// Takes events and makes nothing of them: what telling costs, and gathering what is told.
 struct Nothing(Interest);
 
 impl Sink for Nothing {
@@ -98,10 +112,57 @@ impl Sink for Nothing {
     }
 }
 
-/// A queue with an empty sink behind it: what telling costs, and gathering what is told.
-fn sink(interest: Interest) -> Result<Installed> {
-    let (queue, listener): (_, Listener<Nothing>) = listen("nothing", Nothing(interest), QueueOptions::default())?;
-    Ok(Installed { collectors: vec![queue], _behind: vec![Box::new(listener)] })
+/// A sink behind a queue.
+fn put<S: Sink + 'static>(to: &mut Instruments, sink: S) -> Result<()> {
+    let (queue, listener) = listen("overhead", sink, QueueOptions::default())?;
+    to.add(queue, listener);
+    Ok(())
+}
+
+/// Latencies and memory, written to files and rendered for Prometheus once a second.
+fn metrics(to: &mut Instruments, folder: &Path) -> Result<()> {
+    let metrics = to.metrics(MetricsOptions::default())?;
+    let interval = Duration::from_secs(1);
+    to.keep(MetricsLog::start(metrics.clone(), &MetricsLogOptions { directory: folder.into(), interval })?);
+    to.keep(Scrapes::every(interval, metrics));
+    Ok(())
+}
+
+/// Asks for the Prometheus text again and again, as a server is asked.
+struct Scrapes {
+    stop: Sender<()>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Scrapes {
+    fn every(interval: Duration, metrics: Arc<Metrics>) -> Scrapes {
+        let (stop, stopped) = channel();
+        let thread = std::thread::spawn(move || {
+            while stopped.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
+                black_box(prometheus::render(&metrics.snapshot()));
+            }
+        });
+        Scrapes { stop, thread: Some(thread) }
+    }
+}
+
+impl Drop for Scrapes {
+    fn drop(&mut self) {
+        let _ = self.stop.send(());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn session_log(to: &mut Instruments, folder: &Path, level: SessionLogLevel) -> Result<()> {
+    put(to, SessionLog::open(SessionLogOptions { level, ..SessionLogOptions::new(folder.join("session.jsonl")) })?)
+}
+
+fn tracer(to: &mut Instruments, config: ModelTracerConfig) -> Result<()> {
+    let (queue, tracer) = trace(config, QueueOptions::default())?;
+    to.add(queue, tracer);
+    Ok(())
 }
 
 #[tokio::main]
@@ -114,6 +175,9 @@ async fn run() -> Result<()> {
     let Arguments { flags, only, loads, pairs, tokens, streams, json } = &arguments;
     ensure!(*loads > 0 && *pairs > 0 && *streams > 0, "--loads, --pairs and --streams must be at least 1");
     ensure!(*tokens > 1, "--tokens must be at least 2: the time between tokens is what is compared");
+    let logs = flags.logs.session_log.is_some() || flags.logs.chrome_trace.is_some();
+    let asked = logs || std::env::var_os("METRICS_LOG_ENABLED").is_some();
+    ensure!(!asked, "leave --session-log, --chrome-trace and METRICS_LOG_ENABLED out: they would watch both sides");
     let names: Vec<&str> = CONFIGURATIONS.iter().map(|(name, _)| *name).collect();
     if let Some(unknown) = only.iter().find(|name| !names.contains(&name.as_str())) {
         bail!("--only {unknown}: there is no such configuration; there are {}", names.join(", "));
@@ -148,17 +212,19 @@ async fn run() -> Result<()> {
 }
 
 /// Microseconds of a token (on, off) in pairs of generations.
-async fn measure(arguments: &Arguments, install: fn() -> Result<Installed>) -> Result<Vec<(f64, f64)>> {
+async fn measure(arguments: &Arguments, install: fn(&mut Instruments, &Path) -> Result<()>) -> Result<Vec<(f64, f64)>> {
     let flags = Flags { output_format: OutputFormat::None, ..arguments.flags.clone() };
     let random = &mut ChaCha8Rng::seed_from_u64(1);
     let mut times = Vec::new();
     for load in 0..arguments.loads {
-        let installed = install()?;
-        let on = ExecutorOptions { probe: Probe::to_all(installed.collectors.clone()), ..ExecutorOptions::default() };
-        let mut options = [Some(on), Some(ExecutorOptions::default())];
+        let folder = tempfile::tempdir()?;
+        let mut watching = Instruments::default();
+        install(&mut watching, folder.path())?;
+        let mut instruments = [watching, Instruments::default()];
         let mut executors = [None, None];
         for place in if load % 2 == 0 { [0, 1] } else { [1, 0] } {
-            let executor = flags.load_with(options[place].take().unwrap_or_default()).await?;
+            let executor =
+                flags.load_watched(ExecutorOptions::default(), std::mem::take(&mut instruments[place])).await?;
             executor.warmup().await?;
             executors[place] = Some(executor);
         }
@@ -176,8 +242,7 @@ async fn measure(arguments: &Arguments, install: fn() -> Result<Installed>) -> R
             };
             times.push(pair);
         }
-        drop(executors);
-        drop(installed);
+        drop(executors); // and what listens, before its files
     }
     Ok(times)
 }

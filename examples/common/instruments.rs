@@ -30,6 +30,11 @@ impl Instruments {
         self.guards.push(Box::new(guard));
     }
 
+    /// Keeps what works beside the collectors.
+    pub fn keep(&mut self, guard: impl Any + Send + Sync) {
+        self.guards.push(Box::new(guard));
+    }
+
     /// The metrics, which all that show or write figures share. The first who asks says how they are gathered.
     pub fn metrics(&mut self, options: MetricsOptions) -> Result<Arc<Metrics>> {
         if let Some(metrics) = &self.metrics {
@@ -46,7 +51,7 @@ impl Instruments {
         if let Some(options) = log_options(|name| std::env::var_os(name).map(|value| value.to_string_lossy().into()))? {
             let log = MetricsLog::start(self.metrics(MetricsOptions::default())?, &options)?;
             eprintln!("metrics go to {} and {}", log.latency_path().display(), log.memory_path().display());
-            self.guards.push(Box::new(log));
+            self.keep(log);
         }
         Ok(())
     }

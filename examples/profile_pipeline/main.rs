@@ -23,7 +23,6 @@
 //! noise of both and the tolerance; [`baseline`] has the test. It refuses to compare what was not measured alike (model,
 //! machine, split, type of KV, build, request), naming the difference, unless there is `--force`.
 
-mod bandwidth;
 mod baseline;
 #[path = "../common/mod.rs"]
 mod common;
@@ -153,6 +152,8 @@ async fn run() -> Result<()> {
     let mut arguments = Arguments::parse_all()?;
     if let Some(start) = arguments.start_process {
         arguments.flags.output_format = OutputFormat::None;
+        // The process that starts this one writes them.
+        (arguments.flags.logs.session_log, arguments.flags.logs.chrome_trace) = (None, None);
         return be_measured(&arguments, start).await;
     }
     let baseline = arguments.baseline.as_deref().map(Baseline::read).transpose()?;
@@ -169,7 +170,7 @@ async fn run() -> Result<()> {
     let others = Others::from_now();
     // Before this process holds the model: two of them might not fit.
     let warmup = arguments.has(Phase::Warmup).then(|| phases::warmup_effect(&arguments)).transpose()?;
-    let read = report::read_bandwidths(&planned);
+    let read = report::read_bandwidths(&planned)?;
     let log = Arc::new(Log::default());
     let executor = arguments.flags.load_planned(planned, options(&log), Instruments::default()).await?;
     let warmed = executor.warmup().await?;

@@ -359,6 +359,7 @@ fn start_process(start: Start) -> Result<Started> {
     let name = start.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string());
     let mut command = Command::new(&program);
     command.args(std::env::args_os().skip(1)).args(["--start-process", &name]).stdin(Stdio::null());
+    command.env_remove("METRICS_LOG_ENABLED");
     let output = command.output().with_context(|| format!("starting {}", program.display()))?;
     let errors = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "a {name} process ended with {}: {}", output.status, errors.trim());

@@ -1,9 +1,12 @@
 //! What was measured, as text and as JSON.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fmt::Write;
 use std::time::Duration;
 
+use anyhow::Result;
+use candle_pipeline::device::read_bandwidth;
 use candle_pipeline::instrument::ModelFacts;
 use candle_pipeline::pipeline::human_bytes;
 use candle_pipeline::{DeviceSpec, HeterogeneousPipeline, HeterogeneousPipelineExecutor, StageStats, WarmupReport};
@@ -11,8 +14,8 @@ use hdrhistogram::Histogram;
 use serde_json::{Value, json};
 
 use crate::Arguments;
-use crate::bandwidth::read_bandwidth;
 use crate::baseline::{Identity, Quantities, median};
+use crate::common::Flags;
 use crate::events::DecodeAccount;
 use crate::phases::{Batch, Case, Run, Started, Sustained, WarmupEffect, us};
 
@@ -164,8 +167,8 @@ pub struct Profile {
     load: Duration,
     warmed: WarmupReport,
     step_bytes: Vec<u64>,
-    /// Bytes a second of a plain read, by number of threads.
-    read: BTreeMap<usize, f64>,
+    /// Bytes a second of a plain read.
+    read: Reads,
     /// Cores that something else kept busy meanwhile, where the system tells.
     pub others: Option<f64>,
     pub warmup_effect: Option<WarmupEffect>,
@@ -213,25 +216,37 @@ pub fn identity(arguments: &Arguments, planned: &HeterogeneousPipeline) -> Ident
         ("build", if cfg!(debug_assertions) { "debug" } else { "release" }.to_string()),
         ("request", request),
         ("batch", arguments.batch.to_string()),
+        ("watched by", watched_by(flags)),
     ]
     .into_iter()
     .map(|(name, value)| (name.to_string(), value))
     .collect()
 }
 
-/// Threads of a CPU stage.
-fn threads(device: DeviceSpec) -> Option<usize> {
-    match device {
-        DeviceSpec::Cpu { threads } => Some(threads.unwrap_or_else(candle_pipeline::device::available_threads)),
-        _ => None,
-    }
+/// What listens beside the profile itself, which takes its time too.
+fn watched_by(flags: &Flags) -> String {
+    let metrics = std::env::var("METRICS_LOG_ENABLED").ok();
+    let listeners = [
+        ("session log", flags.logs.session_log.as_ref().map(|_| flags.logs.session_log_level.to_string())),
+        ("Chrome trace", flags.logs.chrome_trace.as_ref().map(|_| format!("{} ms", flags.logs.chrome_trace_phases))),
+        ("metrics log", metrics.filter(|on| !on.is_empty())),
+    ];
+    let on: Vec<String> = listeners.into_iter().filter_map(|(name, how)| Some(format!("{name} {}", how?))).collect();
+    if on.is_empty() { "nobody else".into() } else { on.join(", ") }
 }
 
-/// What a plain read by each stage's threads reaches. Memory of GPUs is not measured.
-pub fn read_bandwidths(planned: &HeterogeneousPipeline) -> BTreeMap<usize, f64> {
-    let threads: std::collections::BTreeSet<usize> =
-        planned.stages().iter().filter_map(|stage| threads(stage.device)).collect();
-    threads.into_iter().map(|threads| (threads, read_bandwidth(threads))).collect()
+/// Bytes a second that devices read.
+pub type Reads = BTreeMap<DeviceSpec, f64>;
+
+/// What a plain read reaches on each stage's device.
+pub fn read_bandwidths(planned: &HeterogeneousPipeline) -> Result<Reads> {
+    let mut reads = Reads::new();
+    for device in planned.devices() {
+        if let Entry::Vacant(read) = reads.entry(device.spec) {
+            read.insert(read_bandwidth(device)?);
+        }
+    }
+    Ok(reads)
 }
 
 impl Profile {
@@ -241,7 +256,7 @@ impl Profile {
         executor: &HeterogeneousPipelineExecutor,
         warmed: WarmupReport,
         facts: &ModelFacts,
-        read: BTreeMap<usize, f64>,
+        read: Reads,
     ) -> Profile {
         Profile {
             identity,
@@ -259,16 +274,16 @@ impl Profile {
         }
     }
 
-    /// Bytes a second of a plain read by the threads of the first CPU stage.
+    /// Bytes a second of a plain read on the first stage's device.
     pub fn read_bandwidth(&self) -> Option<f64> {
-        self.read_of(*self.devices.iter().find(|device| threads(**device).is_some())?)
+        self.read_of(*self.devices.first()?)
     }
 
     fn read_of(&self, device: DeviceSpec) -> Option<f64> {
-        self.read.get(&threads(device)?).copied()
+        self.read.get(&device).copied()
     }
 
-    /// How near the CPU stages' decode steps are to a plain read of what they must read: the time that such a read would
+    /// How near the stages' decode steps are to a plain read of what they must read: the time that such a read would
     /// have taken over the time they computed.
     fn bandwidth_share(&self, decode: &[DecodeAccount]) -> Option<f64> {
         let (mut needed, mut taken) = (0.0, 0.0);
