@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use super::activation::tests::layer;
 use super::activation::{AnomalyKind, Place};
 use super::*;
-use crate::instrument::{ModelFacts, StageFacts, TokenRank};
+use crate::instrument::{AttentionFilter, ModelFacts, StageFacts, TokenRank};
 
 fn sound(index: usize) -> LayerActivations {
     layer(index, Place::Input, &[-1.0, 2.0])
@@ -81,6 +81,11 @@ fn presets_ask_the_forward_pass_for_what_they_say() {
     assert!(interest.phases.is_none() && !interest.synchronise);
     let full = ModelTracerConfig::full();
     assert!(full.quant_error && full.logits && full.attention.is_some());
+    assert_eq!(full.interest().attention, Some(AttentionFilter::default()), "all heads");
+    let attention = AttentionTraceConfig { layers: Some(vec![2]), heads: Some(vec![0, 3]), ..Default::default() };
+    let filtered = ModelTracerConfig { attention: Some(attention), ..full.clone() };
+    let wanted = AttentionFilter { layers: Some(vec![2]), heads: Some(vec![0, 3]) };
+    assert_eq!(filtered.interest().attention, Some(wanted), "others are not computed");
     let named = ModelTracerConfig { tracked_tokens: Some(vec![4, 9]), ..full };
     assert_eq!(named.interest().lens, Some(LensInterest { tokens: vec![4, 9], top_k: 5 }));
 }
