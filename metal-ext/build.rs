@@ -84,9 +84,10 @@ fn precompiled(source: &Path) -> Option<PathBuf> {
             Err(_) => false,
         }
     };
-    let compiled =
-        run(&["metal".as_ref(), "-std=metal3.0".as_ref(), "-c".as_ref(), source.as_ref(), "-o".as_ref(), air.as_ref()])
-            && run(&["metallib".as_ref(), air.as_ref(), "-o".as_ref(), metallib.as_ref()]);
+    // As at run time: infinities and NaN stay what they are, which the compiler would otherwise take for impossible.
+    let options = ["metal", "-std=metal3.0", "-fno-fast-math", "-c"].map(std::ffi::OsStr::new);
+    let compile: Vec<_> = options.into_iter().chain([source.as_ref(), "-o".as_ref(), air.as_ref()]).collect();
+    let compiled = run(&compile) && run(&["metallib".as_ref(), air.as_ref(), "-o".as_ref(), metallib.as_ref()]);
     if !compiled {
         println!("cargo:warning=no precompiled {}: it is compiled when first used", source.display());
     }

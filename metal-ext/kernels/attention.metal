@@ -125,11 +125,12 @@ kernel void attend(
             }
             float most = greatest[h];
             for (ushort u = 0; u < 4; u++) {
-                score[u] = seen[u] ? score[u] : -INFINITY;
-                most = max(most, score[u]);
+                most = seen[u] ? max(most, score[u]) : most;
             }
             const float factor = exp(greatest[h] - most);
-            weight[h] = exp(score - most);
+            for (ushort u = 0; u < 4; u++) {
+                weight[h][u] = seen[u] ? exp(score[u] - most) : 0.0f;
+            }
             greatest[h] = most;
             total[h] = total[h] * factor + weight[h].x + weight[h].y + weight[h].z + weight[h].w;
             for (ushort i = 0; i < PIECES; i++) {

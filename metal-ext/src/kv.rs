@@ -14,7 +14,7 @@
 //! # Rows of several sequences
 //!
 //! A dispatch takes rows of any sequences, as long as their keys lie in one region and their values in another: a
-//! [`KvRow`] says where in both its sequence begins. The rows' table goes along with the dispatch (16 to 32 bytes a row),
+//! [`KvRow`] says where in both its sequence begins. The rows' table goes along with the dispatch (16 or 24 bytes a row),
 //! so there is no buffer that the host must not overwrite while the GPU still reads it. Sequences in buffers of their own
 //! take a dispatch each, with an offset of 0.
 
