@@ -360,3 +360,26 @@ fn a_long_run_keeps_the_latest_and_counts_them_all() {
     assert_eq!(snapshot.forwards.last().unwrap().step, 4999);
     assert!(snapshot.refused_traces == 0 && snapshot.held_bytes > LEAST_BYTES / 2);
 }
+
+#[test]
+fn steps_under_way_that_make_way_for_each_other_still_count() {
+    let config = ModelTracerConfig { max_bytes: LEAST_BYTES, ..ModelTracerConfig::full() };
+    let mut tracer = ModelTracer::new(config).unwrap();
+    for step in 0..3 {
+        tracer.begin_forward(step, vec![slice(1)]);
+    }
+    // Any one of them nearly fills the room.
+    for step in 0..3 {
+        (0..100).for_each(|index| tracer.record_layer(step, if index == 50 { broken(index) } else { sound(index) }));
+        assert!(tracer.held_bytes() <= LEAST_BYTES);
+    }
+    tracer.record_layer(0, broken(100)); // too late for this one
+    for step in 0..3 {
+        tracer.end_forward(step);
+    }
+    let snapshot = tracer.snapshot();
+    assert_eq!((snapshot.summary.total_forwards, snapshot.summary.anomalies_detected), (3, 3));
+    assert_eq!((snapshot.forwards.len(), snapshot.evicted_forwards), (1, 2));
+    assert_eq!((snapshot.forwards[0].step, snapshot.forwards[0].layers.len()), (2, 100));
+    assert!(snapshot.refused_traces >= 1);
+}
