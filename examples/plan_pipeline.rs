@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use candle_core::Tensor;
 use candle_pipeline::backend::{MicroBatch, SequenceId, StageBackend, StageBytes, StageOutput};
+use candle_pipeline::instrument::{HiddenRow, Watch};
 use candle_pipeline::pipeline::plan::{Placement, Problem};
 use candle_pipeline::{
     DeviceSpec, ExecutorOptions, GenerationOptions, HeterogeneousPipeline, HeterogeneousPipelineExecutor, Objective,
@@ -219,11 +220,20 @@ impl StageBackend for Slowed {
         self.backend.close(id);
     }
 
-    fn forward(&mut self, batch: &MicroBatch, input: Option<Tensor>) -> candle_pipeline::Result<StageOutput> {
+    fn forward(
+        &mut self,
+        batch: &MicroBatch,
+        input: Option<Tensor>,
+        watch: &mut Watch,
+    ) -> candle_pipeline::Result<StageOutput> {
         let began = Instant::now();
-        let output = self.backend.forward(batch, input);
+        let output = self.backend.forward(batch, input, watch);
         std::thread::sleep(Duration::from_secs_f64(began.elapsed().as_secs_f64() * (self.factor - 1.0)));
         output
+    }
+
+    fn lens(&mut self, rows: &[HiddenRow]) -> candle_pipeline::Result<Vec<Vec<f32>>> {
+        self.backend.lens(rows)
     }
 
     fn bytes(&self) -> StageBytes {

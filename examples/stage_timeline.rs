@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use candle_pipeline::instrument::{Collector, Event, Probe};
+use candle_pipeline::instrument::{Collector, Event, Probe, Record};
 use candle_pipeline::{ExecutorOptions, GenerationOptions};
 use clap::Parser;
 use common::Flags;
@@ -45,10 +45,10 @@ struct Computed {
 struct Recorder(Mutex<Vec<Computed>>);
 
 impl Collector for Recorder {
-    fn event(&self, event: Event) {
-        if let Event::StageStep { stage, step, rows, compute, copy, .. } = event {
+    fn record(&self, record: &Arc<Record>) {
+        if let Event::StageStep { stage, step, rows, compute, copy, .. } = record.event {
             // The event comes right after the copy.
-            let until = Instant::now() - copy;
+            let until = record.at - copy;
             if let Ok(mut computed) = self.0.lock() {
                 computed.push(Computed { stage, step, rows, from: until - compute, until });
             }

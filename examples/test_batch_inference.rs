@@ -3,27 +3,33 @@
 //! ```text
 //! cargo run --release --example test_batch_inference -- --prompt "Once upon a time" --prompt "One day"
 //! cargo run --release --example test_batch_inference -- --sequences 16 --max-tokens 64 --compare --output-format none
+//! cargo run --release --example test_batch_inference -- --sequences 4 --output-format none --prometheus metrics.prom
 //! ```
 
 mod common;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use candle_pipeline::GenerationOptions;
+use anyhow::Context;
+use candle_pipeline::instrument::metrics::MetricsOptions;
+use candle_pipeline::instrument::prometheus::render;
+use candle_pipeline::{ExecutorOptions, GenerationOptions};
 use clap::Parser;
+use common::instruments::Instruments;
 use common::{Flags, OutputFormat};
 
 #[derive(Parser)]
 struct Arguments {
     #[command(flatten)]
     flags: Flags,
-    /// Sequences to run; the prompts are repeated in turn. One for each prompt when absent.
-    #[arg(long)]
-    sequences: Option<usize>,
     /// Run the prompts one after the other first, to see what the batch gains.
     #[arg(long)]
     compare: bool,
+    /// At the end, write what Prometheus would be told to this file.
+    #[arg(long, value_name = "FILE")]
+    prometheus: Option<PathBuf>,
 }
 
 #[tokio::main]
@@ -32,11 +38,14 @@ async fn main() -> ExitCode {
 }
 
 async fn run() -> anyhow::Result<()> {
-    let Arguments { flags, sequences, compare } = Arguments::parse();
-    let executor = flags.load().await?;
+    let Arguments { flags, compare, prometheus } = Arguments::parse();
+    let mut instruments = Instruments::default();
+    let metrics = prometheus.as_ref().map(|_| instruments.metrics(MetricsOptions::default())).transpose()?;
+    let executor = flags.load_watched(ExecutorOptions::default(), instruments).await?;
     let defaults = ["Once upon a time", "One sunny morning", "There was a little"];
     let prompts = flags.prompts(executor.tokenizer(), &defaults)?;
-    let sequences = sequences.unwrap_or(prompts.len());
+    // With --sequences above the number of prompts they are repeated in turn.
+    let sequences = flags.sequences.max(prompts.len());
     let prompts: Vec<_> = prompts.into_iter().cycle().take(sequences).collect();
     // What is compared is batching; equal beginnings would be computed once otherwise.
     let options = GenerationOptions { reuse_prefix: !compare, ..flags.generation() };
@@ -94,5 +103,8 @@ async fn run() -> anyhow::Result<()> {
     let rate = generated as f64 / total.as_secs_f64();
     eprintln!("{} sequences, {generated} tokens in {total:.2?}: {rate:.1} tokens/s together", prompts.len());
     eprint!("{}", common::stage_table(&executor, &before));
+    if let (Some(path), Some(metrics)) = (prometheus, metrics) {
+        std::fs::write(&path, render(&metrics.snapshot())).with_context(|| format!("{}", path.display()))?;
+    }
     Ok(())
 }

@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::hint::black_box;
 use std::str::FromStr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
-use candle_core::Device;
+use candle_core::{DType, Device, Tensor};
 
 use crate::error::{Error, Result};
 use crate::kernels::pool::Pool;
@@ -194,6 +196,74 @@ pub fn hardware_name(spec: DeviceSpec) -> String {
     format!("{} {}", spec.kind(), model.unwrap_or_else(|| spec.to_string()))
 }
 
+/// Bytes that are read to find out how fast: far more than last-level caches hold, so that the memory is measured.
+const READ_BYTES: usize = 512 << 20;
+
+/// Bytes a second that a device reads from its memory, measured now, in about half a second: on a CPU its threads each sum
+/// a part of a large buffer; on a GPU the device sums one large F32 tensor, launching and fetching the sum included. The
+/// median of several passes. No model whose weights are all read for each token can decode faster than this rate over
+/// their bytes.
+///
+/// It takes 512 MiB of the device's memory for as long, or an eighth of what is free if that is less; with less than that
+/// it measures caches.
+pub fn read_bandwidth(device: &OpenDevice) -> Result<f64> {
+    let bytes = READ_BYTES.min(free_memory(device.spec)? as usize / 8).max(1 << 20);
+    let mut rates = match &device.cpu {
+        Some(cpu) => cpu_read_rates(&cpu.pool, bytes, READ_PASSES),
+        None => gpu_read_rates(&device.device, bytes)?,
+    };
+    rates.sort_by(f64::total_cmp);
+    Ok(rates[rates.len() / 2])
+}
+
+/// Times that [`read_bandwidth`] reads, after one that is not counted.
+const READ_PASSES: usize = 7;
+
+/// Bytes a second in each of `passes` in which the threads of a pool sum `bytes` of a buffer.
+pub fn cpu_read_rates(pool: &Pool, bytes: usize, passes: usize) -> Vec<f64> {
+    let words = bytes / size_of::<u64>() / pool.threads();
+    let parts: Vec<Mutex<Vec<u64>>> = (0..pool.threads()).map(|_| Mutex::default()).collect();
+    let part = |index: usize| parts[index].lock().unwrap_or_else(PoisonError::into_inner);
+    // Each thread fills what it will read, so that the pages are there and near to it.
+    pool.run(&|index| part(index).resize(words, 1));
+    let bytes = (words * size_of::<u64>() * parts.len()) as f64;
+    let pass = |_| {
+        let began = Instant::now();
+        pool.run(&|index| {
+            black_box(sum(&part(index)));
+        });
+        bytes / began.elapsed().as_secs_f64()
+    };
+    (0..=passes).map(pass).skip(1).collect()
+}
+
+/// Independent sums side by side: the compiler keeps them in vector registers, and no addition waits for another.
+fn sum(words: &[u64]) -> u64 {
+    let (blocks, rest) = words.as_chunks::<32>();
+    let mut sums = [0u64; 32];
+    for block in blocks {
+        for (sum, word) in sums.iter_mut().zip(block) {
+            *sum = sum.wrapping_add(*word);
+        }
+    }
+    sums.iter().chain(rest).fold(0, |all, word| all.wrapping_add(*word))
+}
+
+fn gpu_read_rates(device: &Device, bytes: usize) -> Result<Vec<f64>> {
+    // Rows of sums first, since one sum over all is work for a single block of threads.
+    const ROW: usize = 1 << 16;
+    let rows = bytes / size_of::<f32>() / ROW;
+    let values = Tensor::ones((rows.max(1), ROW), DType::F32, device)?;
+    let bytes = (values.elem_count() * size_of::<f32>()) as f64;
+    let pass = |_| {
+        device.synchronize()?;
+        let began = Instant::now();
+        values.sum(1)?.sum_all()?.to_scalar::<f32>()?;
+        Ok(bytes / began.elapsed().as_secs_f64())
+    };
+    (0..=READ_PASSES).map(pass).skip(1).collect()
+}
+
 /// Cores that this process may run on.
 pub fn available_threads() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get())
@@ -343,6 +413,17 @@ mod tests {
         assert_eq!(name("cpu"), name("cpu"));
         assert_ne!(name("cpu@threads=77"), name("cpu@threads=78"));
         assert_ne!(name("cpu"), name("cuda:0"));
+    }
+
+    #[test]
+    fn a_device_reads_its_memory_at_a_rate_that_memory_has() {
+        let open = OpenDevice::open_all(&[DeviceSpec::Cpu { threads: Some(2) }], Isa::detect()).unwrap();
+        let rate = read_bandwidth(&open[0]).unwrap();
+        assert!((1e8..1e13).contains(&rate), "{rate}");
+        assert_eq!(sum(&(0..1000).collect::<Vec<_>>()), 499_500);
+        // The way of GPUs, on candle's CPU.
+        let rates = gpu_read_rates(&Device::Cpu, 8 << 20).unwrap();
+        assert!(rates.len() == READ_PASSES && rates.iter().all(|rate| (1e6..1e13).contains(rate)), "{rates:?}");
     }
 
     #[test]

@@ -187,6 +187,31 @@ impl From<candle_core::Error> for Error {
 }
 
 impl Error {
+    /// The kind of error in one word, for counting.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Error::File { .. } => "file",
+            Error::Tensor { .. } => "tensor",
+            Error::Unsupported { .. } => "unsupported",
+            Error::DeviceUnavailable { .. } => "device_unavailable",
+            Error::InvalidOption { .. } => "invalid_option",
+            Error::DoesNotFit(_) => "does_not_fit",
+            Error::EmptyPrompt => "empty_prompt",
+            Error::TokenOutOfRange { .. } => "token_out_of_range",
+            Error::PromptTooLong { .. } => "prompt_too_long",
+            Error::KvCacheTooSmall { .. } => "kv_cache_too_small",
+            Error::Busy { .. } => "busy",
+            Error::StageFailed { .. } => "stage_failed",
+            Error::StagePanicked { .. } => "stage_panicked",
+            Error::SchedulerPanicked { .. } => "scheduler_panicked",
+            Error::Stopped => "stopped",
+            Error::Tokenizer(_) => "tokenizer",
+            Error::ChatTemplate(_) => "chat_template",
+            Error::Download { .. } => "download",
+            Error::Tensors(_) => "tensors",
+        }
+    }
+
     /// An [`Error::File`].
     pub(crate) fn file(path: impl Into<PathBuf>, reason: impl std::fmt::Display) -> Self {
         Error::File { path: path.into(), reason: reason.to_string() }

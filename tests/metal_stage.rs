@@ -6,6 +6,7 @@ mod common;
 use std::sync::Arc;
 
 use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource};
+use candle_pipeline::instrument::Watch;
 use candle_pipeline::{DeviceSpec, MetalExtOptions};
 use common::stages::{Widened, best, largest_difference, source_of, step};
 
@@ -28,7 +29,10 @@ fn on_cpu(file: &str) -> Box<dyn StageBackend> {
 fn prefill(backend: &mut dyn StageBackend, id: SequenceId, tokens: &[u32]) -> Vec<f32> {
     let len = tokens.len();
     let slice = SequenceSlice { id, position: 0, len, length: len, logits: true };
-    match backend.forward(&MicroBatch { slices: vec![slice], tokens: tokens.to_vec() }, None).unwrap() {
+    match backend
+        .forward(&MicroBatch { slices: vec![slice], tokens: tokens.to_vec() }, None, &mut Watch::off())
+        .unwrap()
+    {
         StageOutput::Logits(mut logits) => logits.remove(0),
         StageOutput::Activations(_) => unreachable!("a whole model returns logits"),
     }
@@ -68,7 +72,7 @@ fn sequences_of_one_step_are_what_they_are_alone() {
         slices: rows.iter().map(|(id, _)| slice(*id)).collect(),
         tokens: rows.iter().map(|(_, token)| *token).collect(),
     };
-    let StageOutput::Logits(together) = gpu.forward(&batch, None).unwrap() else {
+    let StageOutput::Logits(together) = gpu.forward(&batch, None, &mut Watch::off()).unwrap() else {
         unreachable!("a whole model returns logits")
     };
     for ((id, token), together) in rows.iter().zip(&together) {

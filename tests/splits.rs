@@ -3,6 +3,7 @@
 mod common;
 
 use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageOutput};
+use candle_pipeline::instrument::Watch;
 use candle_pipeline::{
     DEMO_MODEL, DeviceSpec, ExecutorOptions, GenerationOptions, HeterogeneousPipeline, HeterogeneousPipelineExecutor,
     Isa, KvType, PipelineOptions,
@@ -116,7 +117,7 @@ fn rows_of_several_sequences_in_one_micro_batch_are_those_of_each_alone() {
     }
     let mut run = |slices: &[SequenceSlice], tokens: &[u32]| {
         let batch = MicroBatch { slices: slices.to_vec(), tokens: tokens.to_vec() };
-        match backend.forward(&batch, None).unwrap() {
+        match backend.forward(&batch, None, &mut Watch::off()).unwrap() {
             StageOutput::Logits(logits) => logits,
             other => panic!("{other:?}"),
         }

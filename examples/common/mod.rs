@@ -2,10 +2,14 @@
 #![allow(dead_code)] // each example uses a part
 
 pub mod cases;
+pub mod instruments;
+pub mod logs;
+pub mod ratio;
 
 use std::io::{IsTerminal, Write};
+use std::ops::Deref;
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -16,6 +20,8 @@ use candle_pipeline::{
     PipelineOptions, SimulatedLink, Split, StageStats, Tokenizer, WireType,
 };
 use clap::{Parser, ValueEnum};
+
+use self::instruments::Instruments;
 
 /// What goes to stdout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -43,7 +49,7 @@ pub struct Flags {
     /// What a measured split is to be best at: latency (of one sequence) or throughput (of all).
     #[arg(long, default_value = "latency")]
     pub objective: Objective,
-    /// Sequences at once that a measured split is for.
+    /// Sequences at once: those that a measured split is for, and those that an example which runs several runs.
     #[arg(long, default_value_t = 1)]
     pub sequences: usize,
     /// File that keeps what a measured split has measured; in the user's cache folder when absent.
@@ -109,6 +115,8 @@ pub struct Flags {
     /// With JSON: also the logits of the last prompt position.
     #[arg(long)]
     pub logits: bool,
+    #[command(flatten)]
+    pub logs: logs::Logs,
 }
 
 impl Flags {
@@ -159,29 +167,53 @@ impl Flags {
     }
 
     /// Plans and loads the model, showing both on stderr.
-    pub async fn load(&self) -> Result<HeterogeneousPipelineExecutor> {
+    pub async fn load(&self) -> Result<Loaded> {
         self.load_with(ExecutorOptions::default()).await
     }
 
     /// The same with executor options.
-    pub async fn load_with(&self, options: ExecutorOptions) -> Result<HeterogeneousPipelineExecutor> {
+    pub async fn load_with(&self, options: ExecutorOptions) -> Result<Loaded> {
+        self.load_watched(options, Instruments::default()).await
+    }
+
+    /// The same with collectors beside those that the environment asks for.
+    pub async fn load_watched(&self, options: ExecutorOptions, instruments: Instruments) -> Result<Loaded> {
+        self.load_planned(self.plan().await?, options, instruments).await
+    }
+
+    /// Plans the model, which reads headers only.
+    pub async fn plan(&self) -> Result<HeterogeneousPipeline> {
         let devices = DeviceSpec::parse_list(&self.devices)?;
         let plan = self.pipeline()?;
         let model = self.model.clone();
         // Planning reads files and may download, which must not hold up the runtime.
-        let pipeline =
-            tokio::task::spawn_blocking(move || HeterogeneousPipeline::with_options(&devices, &model, plan)).await??;
+        Ok(tokio::task::spawn_blocking(move || HeterogeneousPipeline::with_options(&devices, &model, plan)).await??)
+    }
+
+    /// Loads what was planned, showing it on stderr.
+    pub async fn load_planned(
+        &self,
+        pipeline: HeterogeneousPipeline,
+        options: ExecutorOptions,
+        mut instruments: Instruments,
+    ) -> Result<Loaded> {
+        instruments.add_from_environment()?;
         if self.output_format != OutputFormat::None {
             eprint!("{pipeline}");
         }
         let (progress, bar) = loading_bar(pipeline.stages().iter().map(|stage| stage.weight_bytes).sum());
-        let options = ExecutorOptions { progress: Some(progress), ..options };
+        let tokenizer: Arc<OnceLock<Tokenizer>> = Arc::default();
+        let probe = options.probe.and(instruments.collectors()).and(self.logs.start(&tokenizer)?);
+        let options = ExecutorOptions { progress: Some(progress), probe, ..options };
         let executor = HeterogeneousPipelineExecutor::with_options(pipeline, &self.model, options).await?;
         bar.finish_and_clear();
+        if let Some(loaded) = executor.tokenizer() {
+            let _ = tokenizer.set(loaded.clone());
+        }
         if self.output_format != OutputFormat::None {
             eprintln!("ready in {:.2?}", executor.load_time());
         }
-        Ok(executor)
+        Ok(Loaded { executor, _instruments: instruments })
     }
 
     /// The prompts as token ids: those given, or `defaults`.
@@ -221,7 +253,22 @@ fn metal_options() -> Result<MetalExtOptions> {
     Ok(options)
 }
 
-fn parse_ids(list: &str) -> Result<Vec<u32>> {
+/// A loaded model, and what watches it until it is dropped.
+pub struct Loaded {
+    executor: HeterogeneousPipelineExecutor,
+    _instruments: Instruments, // dropped after the executor has told its last event
+}
+
+impl Deref for Loaded {
+    type Target = HeterogeneousPipelineExecutor;
+
+    fn deref(&self) -> &HeterogeneousPipelineExecutor {
+        &self.executor
+    }
+}
+
+/// Token ids with commas between them.
+pub fn parse_ids(list: &str) -> Result<Vec<u32>> {
     let id = |id: &str| id.trim().parse().with_context(|| format!("--token-ids: `{id}` is no token id"));
     list.split(',').filter(|id| !id.trim().is_empty()).map(id).collect()
 }
@@ -289,6 +336,11 @@ pub fn stage_table(executor: &HeterogeneousPipelineExecutor, before: &[StageStat
 pub fn rates(tokens: usize, ttft: Duration, total: Duration) -> (f64, f64) {
     let rate = |tokens: usize, time: Duration| if time.is_zero() { 0.0 } else { tokens as f64 / time.as_secs_f64() };
     (rate(tokens, total), rate(tokens.saturating_sub(1), total.saturating_sub(ttft)))
+}
+
+/// The most likely token, the lowest id among equals.
+pub fn greedy(logits: &[f32]) -> usize {
+    (0..logits.len()).reduce(|best, index| if logits[index] > logits[best] { index } else { best }).unwrap_or(0)
 }
 
 /// Prints a piece of the answer at once.

@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 use super::{MicroBatch, SequenceId, StageBackend, StageBytes, StageOutput, StageSource};
 use crate::error::{Error, Result};
+use crate::instrument::{HiddenRow, Watch};
 use crate::model::decoder::{Decoder, DecoderOptions, Input, Output, Rows};
 use crate::model::kv_cache::SequenceKv;
 
@@ -43,7 +44,13 @@ impl CandleBackend {
         kv.ok_or_else(|| Error::Tensors(format!("sequence {} is not open in this stage", id.0)))
     }
 
-    fn run(&mut self, batch: &MicroBatch, input: Option<Tensor>) -> Result<StageOutput> {
+    /// Keeps so many attention masks of prompt chunks at most, for the next layers and chunks; 0 makes each anew, which
+    /// shows what keeping them gains.
+    pub fn keep_masks(&mut self, capacity: usize) {
+        self.decoder.keep_masks(capacity);
+    }
+
+    fn run(&mut self, batch: &MicroBatch, input: Option<Tensor>, watch: &mut Watch) -> Result<StageOutput> {
         // A sequence's KV leaves the table while the decoder has it: two slices of one sequence cannot alias.
         let mut taken = Vec::with_capacity(batch.slices.len());
         for slice in &batch.slices {
@@ -60,6 +67,7 @@ impl CandleBackend {
             .iter()
             .zip(&mut taken)
             .map(|(slice, (_, kv))| Rows {
+                sequence: slice.id.0,
                 kv,
                 position: slice.position,
                 len: slice.len,
@@ -71,7 +79,7 @@ impl CandleBackend {
             Some(activations) => Input::Activations(activations),
             None => Input::Tokens(&batch.tokens),
         };
-        let output = self.decoder.forward(input, &mut rows);
+        let output = self.decoder.forward(input, &mut rows, watch);
         self.sequences.extend(taken);
         Ok(match output? {
             Output::Activations(x) => StageOutput::Activations(x),
@@ -102,11 +110,21 @@ impl StageBackend for CandleBackend {
         self.sequences.remove(&id);
     }
 
-    fn forward(&mut self, batch: &MicroBatch, input: Option<Tensor>) -> Result<StageOutput> {
-        self.run(batch, input)
+    fn forward(&mut self, batch: &MicroBatch, input: Option<Tensor>, watch: &mut Watch) -> Result<StageOutput> {
+        self.run(batch, input, watch)
+    }
+
+    fn lens(&mut self, rows: &[HiddenRow]) -> Result<Vec<Vec<f32>>> {
+        let width = rows.first().map_or(0, |row| row.values.len());
+        let values: Vec<f32> = rows.iter().flat_map(|row| row.values.iter().copied()).collect();
+        self.decoder.lens(Tensor::from_vec(values, (rows.len(), width), &Device::Cpu)?)
     }
 
     fn bytes(&self) -> StageBytes {
-        StageBytes { weights: self.decoder.weight_bytes(), kv: self.sequences.values().map(SequenceKv::bytes).sum() }
+        StageBytes {
+            weights: self.decoder.weight_bytes(),
+            kv: self.sequences.values().map(SequenceKv::bytes).sum(),
+            scratch: 0, // candle allocates and frees as it goes
+        }
     }
 }

@@ -12,6 +12,7 @@ use candle_core::{Device, Tensor};
 use super::{MicroBatch, SequenceId, SequenceSlice, StageBackend, StageBytes, StageOutput, StageSource};
 use crate::device::Cpu;
 use crate::error::{Error, Result};
+use crate::instrument::{AttentionFilter, HiddenRow, Phase, Tap, Watch};
 use crate::kernels::attention::{AttentionRows, AttentionShape, attend};
 use crate::kernels::input::Input;
 use crate::kernels::kv::{KvType, LayerKv, MOST_DIMS, Strided};
@@ -72,6 +73,15 @@ struct Buffers {
     local: Angles,
 }
 
+impl Buffers {
+    fn bytes(&self) -> u64 {
+        let Buffers { x, input, q, k, v, gate, up, branch, global, local } = self;
+        let angles = [&global.cos, &global.sin, &local.cos, &local.sin];
+        let values: usize = [x, q, k, v, gate, up, branch].into_iter().chain(angles).map(Vec::capacity).sum();
+        (values * size_of::<f32>()) as u64 + input.bytes()
+    }
+}
+
 /// Cos and sin of the step's rows.
 #[derive(Default)]
 struct Angles {
@@ -129,7 +139,13 @@ impl CpuBackend {
     }
 
     /// Runs the rows of `batch`, whose sequences' keys and values are `kv`, one for each slice.
-    fn run(&mut self, batch: &MicroBatch, input: Option<Tensor>, kv: &mut [SequenceKv]) -> Result<StageOutput> {
+    fn run(
+        &mut self,
+        batch: &MicroBatch,
+        input: Option<Tensor>,
+        kv: &mut [SequenceKv],
+        watch: &mut Watch,
+    ) -> Result<StageOutput> {
         let CpuBackend { weights, stage, buffers, .. } = self;
         let config = &*stage.config;
         let (rows, hidden) = (batch.tokens.len(), config.hidden_size);
@@ -149,9 +165,22 @@ impl CpuBackend {
         if let Some(local) = &stage.ropes.local {
             buffers.local.fill(local, batch)?;
         }
+        watch.lap(None, Phase::Embedding);
         for (index, layer) in weights.layers.iter().enumerate() {
-            stage.attention(index, layer, batch, kv, buffers)?;
-            stage.mlp(layer, buffers, rows);
+            if watch.wants_activations() {
+                watch.layer_input(&buffers.x[..rows * hidden]);
+            }
+            stage.attention(index, layer, batch, kv, buffers, watch)?;
+            stage.mlp(index, layer, buffers, rows, watch);
+            if watch.wants_activations() {
+                watch.layer_output(stage.first + index, &buffers.x[..rows * hidden]);
+            }
+            if watch.wants_hidden() {
+                for (slice, row) in rows_with_logits(batch) {
+                    let position = slice.position + slice.len - 1;
+                    watch.hidden(slice.id.0, position, stage.first + index, &buffers.x[row * hidden..][..hidden]);
+                }
+            }
         }
         match &weights.head {
             None => Ok(StageOutput::Activations(Tensor::from_slice(
@@ -159,7 +188,11 @@ impl CpuBackend {
                 (rows, hidden),
                 &Device::Cpu,
             )?)),
-            Some(head) => Ok(StageOutput::Logits(stage.logits(head, batch, buffers))),
+            Some(head) => {
+                let logits = stage.logits(head, batch, buffers);
+                watch.lap(None, Phase::Output);
+                Ok(StageOutput::Logits(logits))
+            }
         }
     }
 }
@@ -187,7 +220,9 @@ impl Stage {
         batch: &MicroBatch,
         kv: &mut [SequenceKv],
         buffers: &mut Buffers,
+        watch: &mut Watch,
     ) -> Result<()> {
+        let number = Some(self.first + index);
         let (config, Cpu { pool, isa }) = (&*self.config, &self.cpu);
         let rows = batch.tokens.len();
         let (heads, kv_heads, head_dim) = (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
@@ -196,7 +231,12 @@ impl Stage {
         let (q, k, v) = (grown(q, rows * q_width), grown(k, rows * kv_width), grown(v, rows * kv_width));
 
         self.norm_into(&x[..rows * config.hidden_size], &layer.attn_norm, input, rows);
+        if watch.wants_activations() {
+            watch.tap(Tap::PostNorm, input.values());
+        }
+        watch.lap(number, Phase::AttnNorm);
         self.project(input, [(&layer.q_proj, &mut *q), (&layer.k_proj, &mut *k), (&layer.v_proj, &mut *v)]);
+        watch.lap(number, Phase::AttnQkvProj);
 
         let layer_config = &config.layers[self.first + index];
         let angles = match layer_config.rope {
@@ -228,6 +268,7 @@ impl Stage {
             prepare(k, row, &layer.k_proj, &layer.k_norm);
             self.add_bias(v, &layer.v_proj);
         });
+        watch.lap(number, Phase::Rope);
 
         let mut mixed = input.reset(rows, q_width);
         let mut attention = Vec::with_capacity(batch.slices.len());
@@ -252,6 +293,7 @@ impl Stage {
             });
             start += slice.len;
         }
+        watch.lap(number, Phase::KvCache);
         let shape = AttentionShape {
             heads,
             kv_heads,
@@ -260,20 +302,58 @@ impl Stage {
             softcap: config.attn_logit_softcapping.map(|cap| cap as f32),
         };
         attend(pool, *isa, &shape, &mut attention);
+        if let Some(filter) = watch.attention_of(self.first + index) {
+            for (slice, rows) in batch.slices.iter().zip(&attention).filter(|(slice, _)| slice.logits) {
+                self.show_attention(self.first + index, slice, rows, &shape, &filter, watch);
+            }
+        }
+        watch.lap(number, Phase::Sdpa);
 
         let branch = grown(branch, rows * config.hidden_size);
         self.project(input, [(&layer.o_proj, &mut *branch)]);
         self.add_branch(x, branch, &layer.o_proj, &layer.attn_post_norm, rows);
+        if watch.wants_activations() {
+            watch.tap(Tap::PostAttention, branch);
+        }
+        watch.lap(number, Phase::AttnOutput);
         Ok(())
     }
 
+    /// Tells where the last row of a slice looked: its scores once more, beside the computation that goes on.
+    fn show_attention(
+        &self,
+        layer: usize,
+        slice: &SequenceSlice,
+        rows: &AttentionRows,
+        shape: &AttentionShape,
+        filter: &AttentionFilter,
+        watch: &Watch,
+    ) {
+        let position = slice.position + slice.len - 1;
+        let first = rows.window.map_or(0, |window| (position + 1).saturating_sub(window));
+        for head in (0..shape.heads).filter(|head| filter.has_head(*head)) {
+            let kv_head = head / (shape.heads / shape.kv_heads);
+            let query = &rows.q.values[(slice.len - 1) * rows.q.stride + head * shape.head_dim..][..shape.head_dim];
+            let score = |position| {
+                let key = rows.kv.key(kv_head, position);
+                let score = shape.scale * query.iter().zip(&key).map(|(q, k)| q * k).sum::<f32>();
+                shape.softcap.map_or(score, |cap| cap * (score / cap).tanh())
+            };
+            let mut weights: Vec<f32> = (first..=position).map(score).collect();
+            ops::softmax(self.cpu.isa, &mut weights);
+            watch.attention(slice.id.0, layer, head, first, position, weights);
+        }
+    }
+
     /// The MLP and its residual.
-    fn mlp(&self, layer: &LayerWeights<Cpu>, buffers: &mut Buffers, rows: usize) {
+    fn mlp(&self, index: usize, layer: &LayerWeights<Cpu>, buffers: &mut Buffers, rows: usize, watch: &mut Watch) {
+        let number = Some(self.first + index);
         let (config, isa) = (&*self.config, self.cpu.isa);
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         let Buffers { x, input, gate, up, branch, .. } = buffers;
         let (gate, up) = (grown(gate, rows * inner), grown(up, rows * inner));
         self.norm_into(&x[..rows * hidden], &layer.mlp_norm, input, rows);
+        watch.lap(number, Phase::MlpNorm);
         self.project(input, [(&layer.gate_proj, &mut *gate), (&layer.up_proj, &mut *up)]);
         let activation = match config.activation {
             Activation::Silu => ops::Activation::Silu,
@@ -288,32 +368,35 @@ impl Stage {
             ops::activate_mul(isa, activation, gate, up);
             gated.copy_from_slice(gate);
         });
+        watch.lap(number, Phase::MlpSwiglu);
         let branch = grown(branch, rows * hidden);
         self.project(input, [(&layer.down_proj, &mut *branch)]);
         self.add_branch(x, branch, &layer.down_proj, &layer.mlp_post_norm, rows);
+        if watch.wants_activations() {
+            watch.tap(Tap::PostFfn, branch);
+        }
+        watch.lap(number, Phase::MlpOutput);
     }
 
     /// Logits of the slices that want them, in order.
     fn logits(&self, head: &HeadWeights<Cpu>, batch: &MicroBatch, buffers: &mut Buffers) -> Vec<Vec<f32>> {
+        let hidden = self.config.hidden_size;
+        let Buffers { x, input, .. } = buffers;
+        let wanted: Vec<&[f32]> = rows_with_logits(batch).map(|(_, row)| &x[row * hidden..][..hidden]).collect();
+        self.head(head, &wanted, input)
+    }
+
+    /// Final norm and head on rows of (hidden_size): (vocab_size) each.
+    fn head(&self, head: &HeadWeights<Cpu>, rows: &[&[f32]], input: &mut Input) -> Vec<Vec<f32>> {
         let (config, Cpu { pool, isa }) = (&*self.config, &self.cpu);
-        let hidden = config.hidden_size;
-        let mut wanted = Vec::new();
-        let mut end = 0;
-        for slice in &batch.slices {
-            end += slice.len;
-            if slice.logits {
-                wanted.push(end - 1);
-            }
-        }
-        if wanted.is_empty() {
+        if rows.is_empty() {
             return Vec::new();
         }
-        let Buffers { x, input, .. } = buffers;
-        let normed = input.reset(wanted.len(), hidden);
-        for (&row, normed) in wanted.iter().zip(normed.chunks_exact_mut(hidden)) {
-            ops::rms_norm(*isa, &x[row * hidden..][..hidden], &head.norm, config.rms_norm_eps as f32, normed);
+        let normed = input.reset(rows.len(), config.hidden_size);
+        for (row, normed) in rows.iter().zip(normed.chunks_exact_mut(config.hidden_size)) {
+            ops::rms_norm(*isa, row, &head.norm, config.rms_norm_eps as f32, normed);
         }
-        let mut logits = vec![0f32; wanted.len() * config.vocab_size];
+        let mut logits = vec![0f32; rows.len() * config.vocab_size];
         self.project(input, [(&head.projection, &mut logits)]);
         each_row(pool, [RowsMut::new(&mut logits, config.vocab_size)], |_, [logits]| {
             if config.logits_scaling != 1.0 {
@@ -395,6 +478,15 @@ impl Angles {
     }
 }
 
+/// The slices whose logits are wanted, and their last rows.
+fn rows_with_logits(batch: &MicroBatch) -> impl Iterator<Item = (&SequenceSlice, usize)> {
+    let ends = batch.slices.iter().scan(0, |end, slice| {
+        *end += slice.len;
+        Some((slice, *end - 1))
+    });
+    ends.filter(|(slice, _)| slice.logits)
+}
+
 /// Rows `start..start + len` of rows of `width` values.
 fn rows_of(values: &[f32], width: usize, start: usize, len: usize) -> Strided<'_> {
     Strided { values: &values[start * width..(start + len) * width], stride: width }
@@ -435,7 +527,7 @@ impl StageBackend for CpuBackend {
         self.sequences.remove(&id);
     }
 
-    fn forward(&mut self, batch: &MicroBatch, input: Option<Tensor>) -> Result<StageOutput> {
+    fn forward(&mut self, batch: &MicroBatch, input: Option<Tensor>, watch: &mut Watch) -> Result<StageOutput> {
         // A sequence's KV leaves the table while the step has it: two slices of one sequence cannot alias.
         let mut kv = Vec::with_capacity(batch.slices.len());
         let mut missing = None;
@@ -450,13 +542,23 @@ impl StageBackend for CpuBackend {
         }
         let output = match missing {
             Some(id) => Err(Error::Tensors(format!("sequence {} is not open in this stage", id.0))),
-            None => self.run(batch, input, &mut kv),
+            None => self.run(batch, input, &mut kv, watch),
         };
         self.sequences.extend(batch.slices.iter().map(|slice| slice.id).zip(kv));
         output
     }
 
+    fn lens(&mut self, rows: &[HiddenRow]) -> Result<Vec<Vec<f32>>> {
+        let Some(head) = &self.weights.head else { return Err(Error::Tensors("this stage has no head".into())) };
+        let rows: Vec<&[f32]> = rows.iter().map(|row| &row.values[..]).collect();
+        Ok(self.stage.head(head, &rows, &mut self.buffers.input))
+    }
+
     fn bytes(&self) -> StageBytes {
-        StageBytes { weights: self.weights.bytes, kv: self.sequences.values().map(|kv| kv.bytes(&self.stage)).sum() }
+        StageBytes {
+            weights: self.weights.bytes,
+            kv: self.sequences.values().map(|kv| kv.bytes(&self.stage)).sum(),
+            scratch: self.buffers.bytes(),
+        }
     }
 }

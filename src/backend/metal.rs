@@ -18,6 +18,7 @@ use super::candle::CandleBackend;
 use super::fused::{self, FusedBuffers};
 use super::{MicroBatch, SequenceId, StageBackend, StageBytes, StageOutput, StageSource};
 use crate::error::{Error, Result};
+use crate::instrument::{HiddenRow, Watch};
 use crate::model::kv_cache::SequenceKv;
 use crate::model::linear::{CandleBuild, Matrix};
 use crate::model::metal_matrix::{Kernels, buffer_of};
@@ -230,7 +231,7 @@ impl StageBackend for MetalBackend {
         self.candle.close(id);
     }
 
-    fn forward(&mut self, batch: &MicroBatch, input: Option<Tensor>) -> Result<StageOutput> {
+    fn forward(&mut self, batch: &MicroBatch, input: Option<Tensor>, watch: &mut Watch) -> Result<StageOutput> {
         // What Metal hands out during a step is released at its end, not when the thread ends.
         autoreleasepool(|_| {
             let one_each = batch.slices.iter().all(|slice| slice.len == 1);
@@ -238,7 +239,13 @@ impl StageBackend for MetalBackend {
             ids.sort_unstable();
             ids.dedup();
             match &self.fused {
-                Some(fused) if one_each && ids.len() == batch.slices.len() && (1..=MOST_ROWS).contains(&ids.len()) => {
+                // Who wants to see what is inside sees candle's steps, which round differently.
+                Some(fused)
+                    if !watch.looks_inside()
+                        && one_each
+                        && ids.len() == batch.slices.len()
+                        && (1..=MOST_ROWS).contains(&ids.len()) =>
+                {
                     let kv = batch.slices.iter().map(|slice| self.candle.sequence(slice.id));
                     let kv = kv.collect::<Result<Vec<_>>>()?;
                     let x = match input {
@@ -248,9 +255,13 @@ impl StageBackend for MetalBackend {
                     };
                     fused.step(&self.source, batch, x, &kv)
                 }
-                _ => self.candle.forward(batch, input),
+                _ => self.candle.forward(batch, input, watch),
             }
         })
+    }
+
+    fn lens(&mut self, rows: &[HiddenRow]) -> Result<Vec<Vec<f32>>> {
+        self.candle.lens(rows)
     }
 
     fn bytes(&self) -> StageBytes {

@@ -20,6 +20,7 @@ use metal_ext::MetalExtOptions;
 
 use crate::device::OpenDevice;
 use crate::error::Result;
+use crate::instrument::{HiddenRow, Watch};
 use crate::kernels::kv::KvType;
 use crate::model::config::DecoderConfig;
 use crate::model::rope::Ropes;
@@ -103,6 +104,8 @@ pub struct StageBytes {
     pub weights: u64,
     /// Keys and values of open sequences.
     pub kv: u64,
+    /// Buffers that a forward pass computes in, where they are kept from step to step.
+    pub scratch: u64,
 }
 
 /// One stage's layers, weights and KV on one device. Owned by the stage's thread alone.
@@ -119,8 +122,13 @@ pub trait StageBackend: Send {
 
     /// Runs the rows of `batch` through the stage. `input` is the previous stage's output on this stage's device, `None`
     /// for the first stage, which starts from the tokens. Positions before a slice's that were never computed are zeros:
-    /// a step far into a sequence can be measured without the steps before it.
-    fn forward(&mut self, batch: &MicroBatch, input: Option<Tensor>) -> Result<StageOutput>;
+    /// a step far into a sequence can be measured without the steps before it. `watch` is told what it asks for, which
+    /// changes no output.
+    fn forward(&mut self, batch: &MicroBatch, input: Option<Tensor>, watch: &mut Watch) -> Result<StageOutput>;
+
+    /// The final norm and the head on outputs of layers, one vector of `vocab_size` logits each: what the model would have
+    /// said there. Only for the last stage.
+    fn lens(&mut self, rows: &[HiddenRow]) -> Result<Vec<Vec<f32>>>;
 
     /// Bytes held now.
     fn bytes(&self) -> StageBytes;

@@ -24,7 +24,7 @@ use self::tokenizer::{ChatMessage, Tokenizer};
 use crate::backend::{SequenceId, StageBackend};
 use crate::device::DeviceSpec;
 use crate::error::{Error, Result};
-use crate::instrument::Probe;
+use crate::instrument::{Event, Probe};
 use crate::model::config::RopeScaling;
 use crate::pipeline::transfer::Link;
 use crate::pipeline::worker::{Next, StageCounters, StageMessage, Worker, inbox, panic_message};
@@ -289,9 +289,13 @@ impl HeterogeneousPipelineExecutor {
         let failed = Arc::new(OnceLock::new());
         let (to_scheduler, scheduler_inbox) = std::sync::mpsc::channel();
         let stopping = Arc::default();
+        let limits = limits(&pipeline, &options);
+        if options.probe.is_on() {
+            let facts = Arc::new(pipeline.facts(limits.kv_positions)?);
+            options.probe.emit(|| Event::ModelOpened(facts));
+        }
         let Stages { first, mut threads, counters } = start_stages(&pipeline, &options, &to_scheduler, &stopping)?;
 
-        let limits = limits(&pipeline, &options);
         let prefix_counters: Arc<PrefixCounters> = Arc::default();
         let probe = options.probe.clone();
         let scheduler = Scheduler::new(limits, scheduler_inbox, first, probe, prefix_counters.clone(), failed.clone());

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::error::{Error, Result};
+use crate::instrument::Outcome;
 
 /// How tokens are chosen and when to stop. `Default` is greedy, 512 tokens, no penalties.
 ///
@@ -122,6 +123,17 @@ pub enum FinishReason {
     Cancelled,
     /// The request's deadline passed. What was generated until then is valid.
     Deadline,
+}
+
+impl From<FinishReason> for Outcome {
+    fn from(reason: FinishReason) -> Outcome {
+        match reason {
+            FinishReason::Stop => Outcome::Stop,
+            FinishReason::Length => Outcome::Length,
+            FinishReason::Cancelled => Outcome::Cancelled,
+            FinishReason::Deadline => Outcome::Deadline,
+        }
+    }
 }
 
 /// A token's probability among all tokens, before temperature and filters.

@@ -39,6 +39,7 @@ pub struct Parts {
 }
 
 /// Scales and minima of 32 columns of sixteen rows; two of each where the halves differ.
+#[derive(Clone, Copy)]
 pub struct Scales<S: Simd> {
     /// Worth of a unit.
     pub scale: [S::F; 2],

@@ -47,6 +47,11 @@ impl Input {
         &mut self.values[..rows * columns]
     }
 
+    /// Bytes that it keeps.
+    pub fn bytes(&self) -> u64 {
+        (self.values.capacity() * size_of::<f32>() + self.blocks.capacity() * size_of::<InputBlock>()) as u64
+    }
+
     /// Number of rows.
     pub fn rows(&self) -> usize {
         self.rows

@@ -254,6 +254,29 @@ impl LayerKv {
         }
     }
 
+    /// One head's key at a position, as it is stored: (head_dim). For looking at, not for computing with.
+    pub fn key(&self, head: usize, position: usize) -> Vec<f32> {
+        let Layout { kv_type, head_dim, .. } = self.layout;
+        assert!(head < self.kv_heads && position < self.capacity, "head {head}, position {position}");
+        let bytes = self.layout.key_bytes() + self.layout.value_bytes();
+        let slab = &self.data.as_slice()[head * bytes + position / SLAB * self.layout.slab_bytes()..];
+        let lane = position % SLAB;
+        let f16_at = |at: usize| f16::from_le_bytes([slab[at], slab[at + 1]]).to_f32();
+        let value = |dim: usize| match kv_type {
+            KvType::F32 => {
+                let at = (dim * SLAB + lane) * 4;
+                f32::from_le_bytes([slab[at], slab[at + 1], slab[at + 2], slab[at + 3]])
+            }
+            KvType::F16 => f16_at((dim * SLAB + lane) * 2),
+            KvType::Q8_0 => {
+                let group = dim / GROUP * SLAB * (GROUP + 2);
+                let byte = SLAB * 2 + (dim % GROUP / 4 * SLAB + lane) * 4 + dim % 4;
+                f16_at(group + lane * 2) * f32::from(slab[group + byte] as i8)
+            }
+        };
+        (0..head_dim).map(value).collect()
+    }
+
     /// A head's keys, the scales of its values, its values.
     pub(super) fn head(&self, head: usize) -> (*const u8, *const f16, *const u8) {
         let bytes = self.layout.key_bytes() + self.layout.value_bytes();

@@ -8,17 +8,19 @@
 use half::{bf16, f16};
 
 use super::buffer::Buffer;
-use super::formats::{Format, Offset, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, SUB, VECTOR};
+use super::formats::{Format, Offset, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, SUB, Scales, VECTOR};
 use super::input::{Input, InputBlock};
 use super::pool::Pool;
 use super::simd::{Isa, Kernel, LANES, Simd};
+#[cfg(target_arch = "x86_64")]
+use super::tiles;
 use crate::weights::WeightType;
 
 /// Multiplications below which waking other threads costs more than it saves.
 const PARALLEL_FROM: usize = 1 << 15;
 
 /// Inputs that a group is multiplied with at a time: their 8-bit blocks, a cache line each, stay in a core's caches.
-const INPUT_TILE: usize = 128;
+pub(super) const INPUT_TILE: usize = 128;
 
 /// Parts that a thread's share of a product is handed out in, so that a thread that is held up holds up little.
 const PARTS: usize = 6;
@@ -222,8 +224,19 @@ impl Task<'_> {
                     k: *k,
                     format: std::marker::PhantomData,
                 };
+                #[cfg(target_arch = "x86_64")]
+                if self.isa.has_tiles() && kernel.tile >= tiles::FROM {
+                    // SAFETY: the CPU has tiles; else as below.
+                    unsafe { tiles::run(&kernel) };
+                    continue;
+                }
                 // SAFETY: `multiply` has checked the sizes; no other task has these groups.
-                unsafe { self.isa.run(kernel) }
+                unsafe {
+                    match kernel.tile < PAIRED_FROM {
+                        true => self.isa.run(kernel),
+                        false => self.isa.run(Paired(kernel)),
+                    }
+                }
             }
         }, dense => {
             let kernel = Dense {
@@ -273,7 +286,7 @@ fn interleave<const SIZE: usize>(row: &[u8], lane: usize, packed: &mut [u8]) {
 
 /// Writes a group's results for one input, leaving out the rows of zeros behind the last.
 #[inline(always)]
-unsafe fn put<S: Simd>(results: S::F, out: *mut f32, row: usize, n: usize) {
+pub(super) unsafe fn put<S: Simd>(results: S::F, out: *mut f32, row: usize, n: usize) {
     // SAFETY: `out` has `n` values from here on; a whole vector is written only where it fits.
     unsafe {
         if row + LANES <= n {
@@ -287,18 +300,18 @@ unsafe fn put<S: Simd>(results: S::F, out: *mut f32, row: usize, n: usize) {
 }
 
 /// Groups of a quantised matrix with inputs `start..start + tile` of `m`.
-struct Quantised<'a, F> {
-    weights: *const u8,
-    input: &'a [InputBlock],
-    m: usize,
-    start: usize,
-    tile: usize,
-    out: *mut f32,
-    first: usize,
-    count: usize,
-    n: usize,
-    k: usize,
-    format: std::marker::PhantomData<F>,
+pub(super) struct Quantised<'a, F> {
+    pub weights: *const u8,
+    pub input: &'a [InputBlock],
+    pub m: usize,
+    pub start: usize,
+    pub tile: usize,
+    pub out: *mut f32,
+    pub first: usize,
+    pub count: usize,
+    pub n: usize,
+    pub k: usize,
+    pub format: std::marker::PhantomData<F>,
 }
 
 impl<F: Format> Kernel for Quantised<'_, F> {
@@ -306,92 +319,158 @@ impl<F: Format> Kernel for Quantised<'_, F> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let group_bytes = self.k / F::COLUMNS * F::PACKED;
-        let mut sums = [[0f32; LANES]; INPUT_TILE];
+        let mut sums = [[[0f32; LANES]; 1]; INPUT_TILE];
         for group in 0..self.count {
-            // SAFETY: the group lies within the weights; block `b` of input `i` lies at `b * m + i`.
-            unsafe {
-                let weights = self.weights.add(group * group_bytes);
-                sums[..self.tile].fill([0.0; LANES]);
-                for super_block in 0..self.k / F::COLUMNS {
-                    let block = weights.add(super_block * F::PACKED);
-                    for sub in 0..F::COLUMNS / SUB {
-                        let column_block = super_block * (F::COLUMNS / SUB) + sub;
-                        let inputs = self.input.as_ptr().add(column_block * self.m + self.start);
-                        multiply_sub::<S, F>(block, sub, inputs, &mut sums[..self.tile]);
-                    }
+            // SAFETY: the group is there.
+            unsafe { self.run_groups::<S, 1>(group, &mut sums) }
+        }
+    }
+}
+
+/// The same for several inputs: where the registers hold the weights of two groups, an input's values are loaded once for
+/// both. A kernel of its own, since one text for both makes the compiler spare on a single input.
+struct Paired<'a, F>(Quantised<'a, F>);
+
+/// Inputs from which two groups at a time are faster. With fewer, what counts is that memory is read in its order.
+const PAIRED_FROM: usize = 3;
+
+impl<F: Format> Kernel for Paired<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let pairs = if S::REGISTERS >= 32 { self.0.count / 2 } else { 0 };
+        let mut sums = [[[0f32; LANES]; 2]; INPUT_TILE];
+        for pair in 0..pairs {
+            // SAFETY: the groups are there.
+            unsafe { self.0.run_groups::<S, 2>(2 * pair, &mut sums) }
+        }
+        let mut sums = [[[0f32; LANES]; 1]; INPUT_TILE];
+        for group in 2 * pairs..self.0.count {
+            // SAFETY: as above.
+            unsafe { self.0.run_groups::<S, 1>(group, &mut sums) }
+        }
+    }
+}
+
+impl<F: Format> Quantised<'_, F> {
+    /// `G` groups side by side, from `group` on. `sums` is room for those of the inputs.
+    #[inline(always)]
+    unsafe fn run_groups<S: Simd, const G: usize>(&self, group: usize, sums: &mut [[[f32; LANES]; G]; INPUT_TILE]) {
+        let group_bytes = self.k / F::COLUMNS * F::PACKED;
+        // SAFETY: the groups lie within the weights; block `b` of input `i` lies at `b * m + i`.
+        unsafe {
+            let weights = self.weights.add(group * group_bytes);
+            sums[..self.tile].fill([[0.0; LANES]; G]);
+            for super_block in 0..self.k / F::COLUMNS {
+                let mut blocks = [weights.add(super_block * F::PACKED); G];
+                for g in 1..G {
+                    blocks[g] = blocks[0].add(g * group_bytes);
                 }
-                for (i, sums) in sums[..self.tile].iter().enumerate() {
-                    let out = self.out.add((self.start + i) * self.n);
-                    put::<S>(S::load(sums.as_ptr()), out, (self.first + group) * LANES, self.n);
+                for sub in 0..F::COLUMNS / SUB {
+                    let column_block = super_block * (F::COLUMNS / SUB) + sub;
+                    let inputs = self.input.as_ptr().add(column_block * self.m + self.start);
+                    multiply_sub::<S, F, G>(blocks, sub, inputs, &mut sums[..self.tile]);
+                }
+            }
+            for (i, sums) in sums[..self.tile].iter().enumerate() {
+                let out = self.out.add((self.start + i) * self.n);
+                for g in 0..G {
+                    put::<S>(S::load(sums[g].as_ptr()), out, (self.first + group + g) * LANES, self.n);
                 }
             }
         }
     }
 }
 
-/// 32 columns of a group with all inputs of the tile.
+/// 32 columns of `G` groups with all inputs of the tile.
 #[inline(always)]
-unsafe fn multiply_sub<S: Simd, F: Format>(
-    block: *const u8,
+unsafe fn multiply_sub<S: Simd, F: Format, const G: usize>(
+    blocks: [*const u8; G],
     sub: usize,
     inputs: *const InputBlock,
-    sums: &mut [[f32; LANES]],
+    sums: &mut [[[f32; LANES]; G]],
 ) {
-    // SAFETY: `inputs` has as many blocks as `sums`; the block is whole.
+    // SAFETY: `inputs` has as many blocks as `sums`; the blocks are whole.
     unsafe {
-        // Between two columns' weights there is time for the next ones to arrive, if they are asked for: the hardware's
-        // own prefetcher does so only while loads follow each other closely, as with one input.
-        if sums.len() > 1 {
-            let ahead = block.wrapping_add(sub * F::SUB_BYTES + AHEAD);
+        // The hardware's own prefetcher keeps up neither with the pauses between two columns' weights while several inputs
+        // are multiplied, nor, with one, with how much has to be under way at once.
+        let distance = if sums.len() < PAIRED_FROM { FAR_AHEAD } else { AHEAD };
+        for block in blocks {
+            let ahead = block.wrapping_add(sub * F::SUB_BYTES + distance);
             for line in (0..F::SUB_BYTES).step_by(VECTOR) {
                 S::prefetch(ahead.wrapping_add(line));
             }
         }
-        let scales = F::scales::<S>(block, sub);
-        let w = F::weights::<S>(block, sub);
-        for (i, sum) in sums.iter_mut().enumerate() {
+        // No `map`: a closure of it would not be compiled for the instruction set.
+        let mut scales = [F::scales::<S>(blocks[0], sub); G];
+        let mut w = [F::weights::<S>(blocks[0], sub); G];
+        for g in 1..G {
+            scales[g] = F::scales::<S>(blocks[g], sub);
+            w[g] = F::weights::<S>(blocks[g], sub);
+        }
+        for (i, sums) in sums.iter_mut().enumerate() {
             let x = &*inputs.add(i);
             let values = x.values.as_ptr();
-            let mut acc = S::load(sum.as_ptr());
-            let unit = S::splat(x.scale);
-            let start = |half: usize| -> i32 {
-                let total = if F::HALVES { x.sums[half] } else { x.sums[0].wrapping_add(x.sums[1]) };
-                // An infinite input has no sum worth the name; its scale carries it to the result.
-                match F::OFFSET {
-                    Offset::Fixed(offset) => total.wrapping_mul(-offset),
-                    Offset::Signed => total.wrapping_mul(-S::I8_OFFSET),
-                }
-            };
-            if F::HALVES {
-                let mut low = S::splat_i(start(0));
-                let mut high = S::splat_i(start(1));
-                for j in 0..4 {
-                    low = S::dot_u7(low, w[j], values.add(4 * j));
-                    high = S::dot_u7(high, w[j + 4], values.add(4 * (j + 4)));
-                }
-                acc = S::fma(S::to_f32(low), S::mul(scales.scale[0], unit), acc);
-                acc = S::fma(S::to_f32(high), S::mul(scales.scale[1], unit), acc);
-            } else {
-                let mut dots = S::splat_i(start(0));
-                for j in 0..8 {
-                    dots = match F::OFFSET {
-                        Offset::Fixed(_) => S::dot_u7(dots, w[j], values.add(4 * j)),
-                        Offset::Signed => S::dot_i8(dots, w[j], values.add(4 * j)),
+            let first = S::splat_i(start::<F>(x, 0, S::I8_OFFSET));
+            let second = if F::HALVES { S::splat_i(start::<F>(x, 1, S::I8_OFFSET)) } else { first };
+            let mut dots = [[first, second]; G];
+            for j in 0..8 {
+                let half = if F::HALVES { j / 4 } else { 0 };
+                for g in 0..G {
+                    dots[g][half] = match F::OFFSET {
+                        Offset::Fixed(_) => S::dot_u7(dots[g][half], w[g][j], values.add(4 * j)),
+                        Offset::Signed => S::dot_i8(dots[g][half], w[g][j], values.add(4 * j)),
                     };
                 }
-                acc = S::fma(S::to_f32(dots), S::mul(scales.scale[0], unit), acc);
             }
-            if F::MINIMA {
-                if F::HALVES {
-                    acc = S::fma(scales.min[0], S::splat(-x.scaled_sums[0]), acc);
-                    acc = S::fma(scales.min[1], S::splat(-x.scaled_sums[1]), acc);
-                } else {
-                    acc = S::fma(scales.min[0], S::splat(-(x.scaled_sums[0] + x.scaled_sums[1])), acc);
-                }
+            for g in 0..G {
+                let acc = add_sub::<S, F>(S::load(sums[g].as_ptr()), dots[g], x, &scales[g]);
+                S::store(sums[g].as_mut_ptr(), acc);
             }
-            S::store(sum.as_mut_ptr(), acc);
         }
+    }
+}
+
+/// What the dot products of 32 columns with an input, or of one half of them, begin with, so that they end lowered by the
+/// format's offset. `signed` is what the instruction adds to signed weights.
+#[inline(always)]
+pub(super) fn start<F: Format>(x: &InputBlock, half: usize, signed: i32) -> i32 {
+    let total = if F::HALVES { x.sums[half] } else { x.sums[0].wrapping_add(x.sums[1]) };
+    // An infinite input has no sum worth the name; its scale carries it to the result.
+    match F::OFFSET {
+        Offset::Fixed(offset) => total.wrapping_mul(-offset),
+        Offset::Signed => total.wrapping_mul(-signed),
+    }
+}
+
+/// Adds what 32 columns give, from their dot products: one of all, or one of each half.
+///
+/// # Safety
+/// As [`Simd`].
+#[inline(always)]
+pub(super) unsafe fn add_sub<S: Simd, F: Format>(
+    mut acc: S::F,
+    dots: [S::I; 2],
+    x: &InputBlock,
+    scales: &Scales<S>,
+) -> S::F {
+    // SAFETY: this function's condition.
+    unsafe {
+        let unit = S::splat(x.scale);
+        acc = S::fma(S::to_f32(dots[0]), S::mul(scales.scale[0], unit), acc);
+        if F::HALVES {
+            acc = S::fma(S::to_f32(dots[1]), S::mul(scales.scale[1], unit), acc);
+        }
+        if F::MINIMA {
+            if F::HALVES {
+                acc = S::fma(scales.min[0], S::splat(-x.scaled_sums[0]), acc);
+                acc = S::fma(scales.min[1], S::splat(-x.scaled_sums[1]), acc);
+            } else {
+                acc = S::fma(scales.min[0], S::splat(-(x.scaled_sums[0] + x.scaled_sums[1])), acc);
+            }
+        }
+        acc
     }
 }
 
@@ -409,7 +488,10 @@ struct Dense {
 }
 
 /// How far ahead of the columns in hand weights are asked for, in bytes.
-const AHEAD: usize = 2048;
+pub(super) const AHEAD: usize = 2048;
+
+/// The same with few inputs, when a core waits for nothing but memory: what arrives in the time that an access takes.
+const FAR_AHEAD: usize = 8192;
 
 /// Inputs that a tile of dense groups is multiplied with at a time.
 const DENSE_INPUTS: usize = 6;

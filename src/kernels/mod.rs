@@ -6,6 +6,7 @@
 //! - [`formats`]: how quantised types are packed;
 //! - [`input`]: the inputs of a product, in f32 and in 8 bits;
 //! - [`matrix`]: packed matrices and their products;
+//! - `tiles`: the same products on AMX;
 //! - [`rows`]: the rows of a step over threads;
 //! - [`ops`]: norms, rotation, activations;
 //! - [`kv`]: keys and values of a sequence;
@@ -21,6 +22,8 @@ pub mod buffer;
 pub mod formats;
 pub mod input;
 pub mod matrix;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 pub mod rows;
 pub mod ops;
 pub mod kv;
@@ -32,8 +35,13 @@ use crate::weights::WeightType;
 
 /// Widens whole blocks of a stored type. `None` when the bytes are none.
 pub fn dequantise(dtype: WeightType, bytes: &[u8]) -> Option<Vec<f32>> {
+    dequantise_rows(dtype, bytes, 1)
+}
+
+/// The same of `rows` rows of one length. Sixteen rows are unpacked together, so a block of rows takes as long as one.
+pub fn dequantise_rows(dtype: WeightType, bytes: &[u8], rows: usize) -> Option<Vec<f32>> {
     let values = bytes.len() / dtype.type_size() * dtype.block_size();
-    if values == 0 || dtype.bytes_for(values) != Some(bytes.len()) {
+    if rows == 0 || values == 0 || dtype.bytes_for(values) != Some(bytes.len()) || !values.is_multiple_of(rows) {
         return None;
     }
     let (two, four) = (bytes.as_chunks::<2>().0, bytes.as_chunks::<4>().0);
@@ -43,9 +51,11 @@ pub fn dequantise(dtype: WeightType, bytes: &[u8]) -> Option<Vec<f32>> {
         WeightType::BF16 => two.iter().map(|&bytes| bf16::from_le_bytes(bytes).to_f32()).collect(),
         _ => {
             let alone = pool::Pool::new(1).ok()?;
-            let matrix = matrix::Matrix::pack(&alone, dtype, bytes, 1, values)?;
+            let matrix = matrix::Matrix::pack(&alone, dtype, bytes, rows, values / rows)?;
             let mut wide = vec![0f32; values];
-            matrix.widen_row(0, &mut wide);
+            for (row, wide) in wide.chunks_exact_mut(values / rows).enumerate() {
+                matrix.widen_row(row, wide);
+            }
             wide
         }
     })

@@ -10,6 +10,22 @@ pub fn soft_cap(x: &Tensor, cap: f64) -> Result<Tensor> {
     Ok(((x / cap)?.tanh()? * cap)?)
 }
 
+/// Where the last row of a sequence looks, for showing: the softmax of its scores, one vector of positions a head.
+///
+/// - `q`: (num_attention_heads, 1, head_dim)
+/// - `keys`: (num_key_value_heads, positions, head_dim)
+pub fn attention_weights(q: &Tensor, keys: &Tensor, scale: f64, softcap: Option<f64>) -> Result<Vec<Vec<f32>>> {
+    let (heads, _, head_dim) = q.dims3()?;
+    let (kv_heads, positions, _) = keys.dims3()?;
+    let q = (q * scale)?.reshape((kv_heads, heads / kv_heads, head_dim))?;
+    let scores = q.matmul(&keys.transpose(1, 2)?)?.to_dtype(DType::F32)?; // (kv_heads, heads / kv_heads, positions)
+    let scores = match softcap {
+        Some(cap) => soft_cap(&scores, cap)?,
+        None => scores,
+    };
+    Ok(candle_nn::ops::softmax_last_dim(&scores.contiguous()?)?.reshape((heads, positions))?.to_vec2()?)
+}
+
 /// Whose softmax.
 pub enum Softmax {
     /// candle's.

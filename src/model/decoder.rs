@@ -7,19 +7,22 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use metal_ext::MetalExtOptions;
 
-use super::attention::{Softmax, attend, soft_cap};
+use super::attention::{Softmax, attend, attention_weights, soft_cap};
 use super::config::{Activation, DecoderConfig, LayerRope, QkNorm};
 use super::kv_cache::SequenceKv;
 use super::linear::CandleBuild;
 use super::mask::MaskCache;
 use super::rope::Ropes;
-use super::stage_weights::{Linear, StageWeights, is_tied};
+use super::stage_weights::{HeadWeights, Linear, StageWeights, is_tied};
 use crate::device::OpenDevice;
 use crate::error::{Error, Result};
+use crate::instrument::{Phase, Tap, Watch};
 use crate::weights::{WeightSource, WeightType};
 
 /// A run of consecutive positions of one sequence within a forward pass.
 pub struct Rows<'a> {
+    /// The sequence's number.
+    pub sequence: u64,
     /// The sequence's keys and values.
     pub kv: &'a mut SequenceKv,
     /// Position of the first row.
@@ -173,6 +176,11 @@ impl Decoder {
         &self.weights
     }
 
+    /// Keeps so many attention masks at most.
+    pub fn keep_masks(&mut self, capacity: usize) {
+        self.masks.keep(capacity);
+    }
+
     /// Bytes of the weights.
     pub fn weight_bytes(&self) -> u64 {
         self.weights.bytes
@@ -193,14 +201,31 @@ impl Decoder {
     }
 
     /// Runs the rows of all `sequences` through the layers, writing their keys and values.
-    pub fn forward(&mut self, input: Input, sequences: &mut [Rows]) -> Result<Output> {
+    pub fn forward(&mut self, input: Input, sequences: &mut [Rows], watch: &mut Watch) -> Result<Output> {
         let mut x = match (input, &self.weights.embeddings) {
             (Input::Tokens(tokens), Some(_)) => self.embed(tokens)?,
             (Input::Activations(x), None) => x.to_dtype(self.dtype)?,
             _ => return Err(Error::Tensors("only the first stage is given tokens, and nothing else".into())),
         }; // (rows, hidden_size)
+        self.lap(watch, None, Phase::Embedding)?;
         for index in 0..self.weights.layers.len() {
-            x = self.layer(index, x, sequences)?;
+            if watch.wants_activations() {
+                watch.layer_input(&to_host(&x)?);
+            }
+            x = self.layer(index, x, sequences, watch)?;
+            if watch.wants_activations() {
+                watch.layer_output(self.first + index, &to_host(&x)?);
+            }
+            if watch.wants_hidden() {
+                let mut end = 0;
+                for rows in sequences.iter() {
+                    end += rows.len;
+                    if rows.logits {
+                        let values = to_host(&x.narrow(0, end - 1, 1)?)?;
+                        watch.hidden(rows.sequence, rows.position + rows.len - 1, self.first + index, &values);
+                    }
+                }
+            }
         }
         let Some(head) = &self.weights.head else { return Ok(Output::Activations(x)) };
         let mut wanted = Vec::new();
@@ -214,18 +239,42 @@ impl Decoder {
         if wanted.is_empty() {
             return Ok(Output::Logits(None));
         }
-        let x = Tensor::cat(&wanted, 0)?; // (wanted, hidden_size)
-        let x = rms_norm(&x, &head.norm, self.config.rms_norm_eps)?;
+        let logits = self.logits(head, &Tensor::cat(&wanted, 0)?)?;
+        self.lap(watch, None, Phase::Output)?;
+        Ok(Output::Logits(Some(logits)))
+    }
+
+    /// What the head says to rows of (hidden_size), wherever they lie: (vocab_size) each.
+    pub fn lens(&self, rows: Tensor) -> Result<Vec<Vec<f32>>> {
+        let Some(head) = &self.weights.head else { return Err(Error::Tensors("this stage has no head".into())) };
+        let x = rows.to_device(&self.device)?.to_dtype(self.dtype)?;
+        Ok(self.logits(head, &x)?.to_vec2()?)
+    }
+
+    /// The time since the last lap, which on a GPU has passed only once the work is done.
+    fn lap(&self, watch: &mut Watch, layer: Option<usize>, phase: Phase) -> Result<()> {
+        if watch.synchronises() {
+            self.device.synchronize()?;
+        }
+        watch.lap(layer, phase);
+        Ok(())
+    }
+
+    /// Final norm and head. `x`: (rows, hidden_size) -> (rows, vocab_size), f32.
+    fn logits(&self, head: &HeadWeights<CandleBuild>, x: &Tensor) -> Result<Tensor> {
+        let x = rms_norm(x, &head.norm, self.config.rms_norm_eps)?;
         let mut logits = head.projection.forward(&x)?.to_dtype(DType::F32)?; // (wanted, vocab_size)
         logits = scale(logits, 1.0 / self.config.logits_scaling)?;
         if let Some(cap) = self.config.final_logit_softcapping {
             logits = soft_cap(&logits, cap)?;
         }
-        Ok(Output::Logits(Some(logits)))
+        Ok(logits)
     }
 
     /// One layer. `x`: (rows, hidden_size) -> the same.
-    fn layer(&mut self, index: usize, x: Tensor, sequences: &mut [Rows]) -> Result<Tensor> {
+    fn layer(&mut self, index: usize, x: Tensor, sequences: &mut [Rows], watch: &mut Watch) -> Result<Tensor> {
+        let number = Some(self.first + index);
+        let heads_watched = watch.attention_of(self.first + index);
         let (layer, config) = (&self.weights.layers[index], &self.config);
         let layer_config = &config.layers[self.first + index];
         let norm = |x: &Tensor, weight: &Option<Tensor>| match weight {
@@ -233,9 +282,14 @@ impl Decoder {
             None => Ok(x.clone()),
         };
         let normed = norm(&x, &layer.attn_norm)?;
+        if watch.wants_activations() {
+            watch.tap(Tap::PostNorm, &to_host(&normed)?);
+        }
+        self.lap(watch, number, Phase::AttnNorm)?;
         let q = self.heads(&normed, &layer.q_proj, &layer.q_norm, config.num_attention_heads)?;
         let k = self.heads(&normed, &layer.k_proj, &layer.k_norm, config.num_key_value_heads)?;
         let v = self.heads(&normed, &layer.v_proj, &None, config.num_key_value_heads)?;
+        self.lap(watch, number, Phase::AttnQkvProj)?;
 
         let mut mixed = Vec::with_capacity(sequences.len());
         let mut start = 0;
@@ -253,7 +307,9 @@ impl Decoder {
                 q = rope.rotate(&q.unsqueeze(0)?, rows.position, rows.length)?.squeeze(0)?;
                 k = rope.rotate(&k.unsqueeze(0)?, rows.position, rows.length)?.squeeze(0)?;
             }
+            self.lap(watch, number, Phase::Rope)?;
             rows.kv.append(index, rows.position, &k, &v)?;
+            self.lap(watch, number, Phase::KvCache)?;
             let window = layer_config.sliding_window;
             // A long prompt's scores would fill the memory, so its rows are taken in blocks.
             let score_row = config.num_attention_heads * (rows.position + rows.len) * self.dtype.size_in_bytes();
@@ -274,12 +330,28 @@ impl Decoder {
                 let (scale, cap) = (config.attention_scale, config.attn_logit_softcapping);
                 mixed.push(attend(&q, &keys, &values, mask.as_ref(), scale, cap, &self.softmax)?); // (len, heads * head_dim)
             }
+            if let Some(filter) = heads_watched.as_ref().filter(|_| rows.logits) {
+                let position = rows.position + rows.len - 1;
+                let from = window.map_or(0, |window| (position + 1).saturating_sub(window));
+                let (keys, _) = rows.kv.view(index, from, position + 1)?;
+                let last = q.narrow(1, rows.len - 1, 1)?;
+                let weights = attention_weights(&last, &keys, config.attention_scale, config.attn_logit_softcapping)?;
+                for (head, weights) in weights.into_iter().enumerate().filter(|(head, _)| filter.has_head(*head)) {
+                    watch.attention(rows.sequence, self.first + index, head, from, position, weights);
+                }
+            }
+            self.lap(watch, number, Phase::Sdpa)?;
         }
         let mixed = if mixed.len() == 1 { mixed.remove(0) } else { Tensor::cat(&mixed, 0)? };
         let attended = norm(&layer.o_proj.forward(&mixed)?, &layer.attn_post_norm)?;
+        if watch.wants_activations() {
+            watch.tap(Tap::PostAttention, &to_host(&attended)?);
+        }
         let x = (x + scale(attended, config.residual_multiplier)?)?;
+        self.lap(watch, number, Phase::AttnOutput)?;
 
         let normed = norm(&x, &layer.mlp_norm)?;
+        self.lap(watch, number, Phase::MlpNorm)?;
         let gate = layer.gate_proj.forward(&normed)?; // (rows, intermediate_size)
         let gate = match config.activation {
             Activation::Silu => gate.silu()?,
@@ -287,8 +359,15 @@ impl Decoder {
             Activation::GeluTanh => gate.gelu()?,
         };
         let up = layer.up_proj.forward(&normed)?;
-        let down = norm(&layer.down_proj.forward(&(gate * up)?)?, &layer.mlp_post_norm)?;
-        Ok((x + scale(down, config.residual_multiplier)?)?)
+        let gated = (gate * up)?;
+        self.lap(watch, number, Phase::MlpSwiglu)?;
+        let down = norm(&layer.down_proj.forward(&gated)?, &layer.mlp_post_norm)?;
+        if watch.wants_activations() {
+            watch.tap(Tap::PostFfn, &to_host(&down)?);
+        }
+        let x = (x + scale(down, config.residual_multiplier)?)?;
+        self.lap(watch, number, Phase::MlpOutput)?;
+        Ok(x)
     }
 
     /// Projects (rows, hidden_size) to (rows, heads, head_dim), normalised where the model does that.
@@ -341,6 +420,11 @@ pub fn kv_dtype(source: &dyn WeightSource, device: &Device, dense_type: Option<W
 /// `x * factor`, without the pass over x that a factor of 1 would cost.
 fn scale(x: Tensor, factor: f64) -> Result<Tensor> {
     Ok(if factor == 1.0 { x } else { (x * factor)? })
+}
+
+/// All values of a tensor in f32.
+fn to_host(x: &Tensor) -> Result<Vec<f32>> {
+    Ok(x.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
 }
 
 fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {

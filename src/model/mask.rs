@@ -6,7 +6,8 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::error::Result;
 
-/// Masks kept: those of one chunk's blocks, which every layer asks for again, with and without a window.
+/// Masks kept, unless told otherwise: those of one chunk's blocks, which every layer asks for again, with and without a
+/// window.
 const MASKS: usize = 16;
 
 /// What a mask depends on.
@@ -22,12 +23,20 @@ pub struct MaskCache {
     device: Device,
     dtype: DType,
     masks: VecDeque<(Key, Tensor)>,
+    /// Masks kept at most.
+    capacity: usize,
 }
 
 impl MaskCache {
     /// An empty cache for scores of `dtype` on `device`.
     pub fn new(device: Device, dtype: DType) -> Self {
-        MaskCache { device, dtype, masks: VecDeque::new() }
+        MaskCache { device, dtype, masks: VecDeque::new(), capacity: MASKS }
+    }
+
+    /// Keeps so many masks at most from now on; none, and each is made when it is asked for.
+    pub fn keep(&mut self, capacity: usize) {
+        self.capacity = capacity;
+        self.masks.truncate(capacity);
     }
 
     /// What is added to the scores of `queries` positions against the `keys` positions that end with them:
@@ -35,16 +44,16 @@ impl MaskCache {
     /// it, `window` positions in all where there is one.
     pub fn get(&mut self, queries: usize, keys: usize, window: Option<usize>) -> Result<Tensor> {
         let key = Key { queries, keys, window };
-        if let Some(at) = self.masks.iter().position(|(held, _)| *held == key) {
-            if let Some(entry) = self.masks.remove(at) {
-                self.masks.push_front(entry);
-            }
-        } else {
-            self.masks.truncate(MASKS - 1);
-            let mask = Tensor::from_vec(values(key), (queries, keys), &self.device)?.to_dtype(self.dtype)?;
-            self.masks.push_front((key, mask));
+        let held = self.masks.iter().position(|(held, _)| *held == key);
+        let (_, mask) = match held.and_then(|at| self.masks.remove(at)) {
+            Some(entry) => entry,
+            None => (key, Tensor::from_vec(values(key), (queries, keys), &self.device)?.to_dtype(self.dtype)?),
+        };
+        if self.capacity > 0 {
+            self.masks.truncate(self.capacity - 1);
+            self.masks.push_front((key, mask.clone()));
         }
-        Ok(self.masks[0].1.clone())
+        Ok(mask)
     }
 }
 
@@ -82,5 +91,19 @@ mod tests {
             assert!(cache.masks.len() <= MASKS);
             assert!(cache.masks.iter().any(|(key, _)| key.keys == 2));
         }
+    }
+
+    #[test]
+    fn a_cache_of_none_makes_the_same_masks_and_keeps_none() {
+        let mut cache = MaskCache::new(Device::Cpu, DType::F32);
+        let kept = cache.get(3, 5, Some(2)).unwrap().to_vec2::<f32>().unwrap();
+        cache.keep(0);
+        assert!(cache.masks.is_empty());
+        assert_eq!(cache.get(3, 5, Some(2)).unwrap().to_vec2::<f32>().unwrap(), kept);
+        assert!(cache.masks.is_empty());
+        cache.keep(1);
+        cache.get(2, 4, None).unwrap();
+        cache.get(2, 5, None).unwrap();
+        assert_eq!(cache.masks.len(), 1);
     }
 }

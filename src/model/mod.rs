@@ -12,3 +12,4 @@ pub mod metal_matrix;
 pub mod linear;
 pub mod mask;
 pub mod rope;
+pub mod quantisation;

@@ -29,14 +29,30 @@ impl Ropes {
         let cache = |rope: &RopeConfig| RopeCache::new(rope.clone(), device.clone());
         Ropes { global: cache(&config.rope), local: config.local_rope.as_ref().map(cache) }
     }
+
+    /// Keeps nothing: every layer of every step computes what it needs. The values are the same; it shows what the tables
+    /// gain.
+    pub fn afresh(config: &DecoderConfig, device: &Device) -> Self {
+        let Ropes { global, local } = Ropes::new(config, device);
+        let afresh = |cache: RopeCache| RopeCache { keeping: Keeping::Nothing, ..cache };
+        Ropes { global: afresh(global), local: local.map(afresh) }
+    }
 }
 
 /// Cos and sin for one device. A table is written once and never changes, so stages share them without a lock.
 pub struct RopeCache {
     config: RopeConfig,
     device: Device,
+    keeping: Keeping,
     short: [OnceLock<Table>; TABLES],
     long: [OnceLock<Table>; TABLES],
+}
+
+/// What is kept of what was computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Keeping {
+    Tables,
+    Nothing,
 }
 
 struct Table {
@@ -47,7 +63,7 @@ struct Table {
 impl RopeCache {
     /// An empty cache on `device`.
     pub fn new(config: RopeConfig, device: Device) -> Self {
-        RopeCache { config, device, short: Default::default(), long: Default::default() }
+        RopeCache { config, device, keeping: Keeping::Tables, short: Default::default(), long: Default::default() }
     }
 
     /// Rotates `x`: (1, heads, seq, head_dim), whose first row stands at `position` in a sequence that is `length`
@@ -105,6 +121,10 @@ impl RopeCache {
             }
             _ => false,
         };
+        if self.keeping == Keeping::Nothing {
+            let table = self.table(position, seq, length)?;
+            return Ok((table.cos, table.sin));
+        }
         // The smallest table that reaches the last position.
         let blocks = (position + seq).div_ceil(FIRST_POSITIONS).next_power_of_two();
         let level = blocks.trailing_zeros() as usize;
@@ -235,5 +255,26 @@ mod tests {
         }
         let made = cache.short.iter().filter(|table| table.get().is_some()).count();
         assert_eq!(made, 4); // 512, 1024, 2048 and 8192 positions
+    }
+
+    #[test]
+    fn what_is_computed_afresh_is_the_same_and_is_not_kept() {
+        let factors = RopeScaling::LongRope {
+            short_factor: vec![1.0, 1.5, 2.0, 3.0],
+            long_factor: vec![2.0, 4.0, 8.0, 16.0],
+            original_max_position_embeddings: 64,
+            attention_factor: 1.1,
+        };
+        for scaling in [RopeScaling::Default, factors] {
+            let kept = cache(scaling.clone());
+            let afresh = RopeCache { keeping: Keeping::Nothing, ..cache(scaling) };
+            for (position, seq, length) in [(0, 3, 3), (40, 1, 41), (600, 2, 602)] {
+                let (kept, afresh) = [&kept, &afresh].map(|c| c.cos_sin(position, seq, length).unwrap()).into();
+                for (kept, afresh) in [(kept.0, afresh.0), (kept.1, afresh.1)] {
+                    assert_eq!(kept.to_vec2::<f32>().unwrap(), afresh.to_vec2::<f32>().unwrap());
+                }
+            }
+            assert!(afresh.short.iter().chain(&afresh.long).all(|table| table.get().is_none()));
+        }
     }
 }

@@ -18,6 +18,7 @@ use super::transfer::{Link, LinkOptions, WireType};
 use crate::backend::{MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource};
 use crate::device::{DeviceSpec, OpenDevice, hardware_name};
 use crate::error::{Error, Result};
+use crate::instrument::Watch;
 use crate::kernels::kv::KvType;
 use crate::model::config::DecoderConfig;
 use crate::model::decoder::activation_dtype;
@@ -402,7 +403,7 @@ impl Bench<'_> {
             }
             self.device.synchronize()?;
             let began = Instant::now();
-            let output = self.backend.forward(&batch, input.clone())?;
+            let output = self.backend.forward(&batch, input.clone(), &mut Watch::off())?;
             if let StageOutput::Activations(x) = &output {
                 x.device().synchronize()?;
             }

@@ -3,6 +3,7 @@
 
 pub mod transfer;
 pub mod cost;
+mod facts;
 pub mod plan;
 pub mod worker;
 

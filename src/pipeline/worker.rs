@@ -14,7 +14,7 @@ use super::transfer::{Arrival, Link};
 use crate::backend::{MicroBatch, SequenceId, StageBackend, StageOutput};
 use crate::device::OpenDevice;
 use crate::error::{Error, Result};
-use crate::instrument::{Event, Probe};
+use crate::instrument::{Event, HiddenRow, Probe, StepPhases, Watcher, lens_layers};
 
 /// What a stage is told, in order.
 pub enum StageMessage {
@@ -40,6 +40,8 @@ pub enum StageMessage {
         cancelled: Arc<AtomicBool>,
         /// For the accounts.
         times: StepTimes,
+        /// Outputs of earlier layers that somebody wants the head's view of.
+        hidden: Vec<HiddenRow>,
     },
     /// Free KV.
     Close {
@@ -57,12 +59,14 @@ pub struct StepTimes {
     pub sent: Instant,
     /// The longest that a stage has computed it.
     pub slowest: Duration,
+    /// Whether those who listen hear of its phases.
+    pub phases: StepPhases,
 }
 
 impl StepTimes {
     /// Of a step that is sent now.
     pub fn sent_now(work_since: Instant) -> Self {
-        StepTimes { work_since, sent: Instant::now(), slowest: Duration::ZERO }
+        StepTimes { work_since, sent: Instant::now(), slowest: Duration::ZERO, phases: StepPhases::default() }
     }
 }
 
@@ -164,6 +168,10 @@ struct State {
     idle_since: Instant,
     /// Sequences that could not be opened here and are not closed yet.
     refused: HashSet<SequenceId>,
+    /// Gathers what those who listen want of a forward pass.
+    watcher: Watcher,
+    /// Most rows of a step so far: with more, the buffers have grown.
+    most_rows: usize,
 }
 
 /// The micro-batch without the rows of sequences that could not be opened here: the others in it go on.
@@ -195,7 +203,13 @@ fn without(
 impl Worker {
     /// Serves messages until the sender is gone or the backend panics. Runs on the stage's thread.
     pub fn run(self, mut backend: Box<dyn StageBackend>) {
-        let mut state = State { idle_since: Instant::now(), refused: HashSet::new() };
+        let mut state = State {
+            idle_since: Instant::now(),
+            refused: HashSet::new(),
+            watcher: Watcher::new(self.probe.clone(), self.stage),
+            most_rows: 0,
+        };
+        self.publish(&*backend);
         while let Ok(message) = self.inbox.recv() {
             if self.stopping.load(Ordering::Relaxed) {
                 return;
@@ -246,17 +260,18 @@ impl Worker {
             StageMessage::Step { step, cancelled, times, .. } if cancelled.load(Ordering::Relaxed) => {
                 (self.replies)(StageReply::Done { step, logits: Vec::new(), slowest: times.slowest });
             }
-            StageMessage::Step { step, batch, input, cancelled, mut times } => {
+            StageMessage::Step { step, batch, input, cancelled, mut times, hidden } => {
                 let received = Instant::now();
                 let wait = received.saturating_duration_since(state.idle_since.max(times.work_since));
                 let queued = received.saturating_duration_since(times.sent);
                 let rows = batch.tokens.len();
+                let mut watch = state.watcher.watch(step, hidden, &mut times.phases);
                 let forward = |backend: &mut dyn StageBackend| {
                     let (batch, input) = without(&state.refused, batch, input.map(Arrival::into_activations))?;
                     if batch.slices.is_empty() {
                         return Err(Error::Tensors("none of the step's sequences could be opened".into()));
                     }
-                    let output = backend.forward(&batch, input)?;
+                    let output = backend.forward(&batch, input, &mut watch)?;
                     // A GPU computes on after the call returns; its time belongs to this stage.
                     self.device.device.synchronize()?;
                     Ok((batch, output))
@@ -264,6 +279,12 @@ impl Worker {
                 let output = forward(backend);
                 let computed = Instant::now();
                 let compute = computed - received;
+                let bytes = match (&output, &self.next) {
+                    (Ok((_, StageOutput::Activations(x))), Next::Stage(..)) => {
+                        x.elem_count() * x.dtype().size_in_bytes()
+                    }
+                    _ => 0,
+                } as u64;
                 let sent = match (output, &self.next) {
                     (Ok((batch, StageOutput::Activations(x))), Next::Stage(_, link)) => {
                         link.send(x).map(|x| (batch, Sent::Activations(x)))
@@ -286,13 +307,29 @@ impl Worker {
                 add(&counters.queued_ns, queued);
                 counters.steps.fetch_add(1, Ordering::Relaxed);
                 counters.rows.fetch_add(rows as u64, Ordering::Relaxed);
-                self.probe.emit(|| Event::StageStep { stage: self.stage, step, rows, queued, wait, compute, copy });
+                self.probe.emit_at(state.idle_since, || Event::StageStep {
+                    stage: self.stage,
+                    step,
+                    rows,
+                    queued,
+                    wait,
+                    compute,
+                    copy,
+                    bytes,
+                });
+                let mut hidden = watch.finish(rows);
+                if self.probe.is_on() && rows > state.most_rows {
+                    state.most_rows = rows;
+                    self.publish(backend);
+                }
                 times = StepTimes { sent: state.idle_since, slowest: times.slowest.max(compute), ..times };
                 match sent {
                     Ok((batch, Sent::Activations(arrival))) => {
-                        self.pass_on(StageMessage::Step { step, batch, input: Some(arrival), cancelled, times });
+                        let input = Some(arrival);
+                        self.pass_on(StageMessage::Step { step, batch, input, cancelled, times, hidden });
                     }
                     Ok((batch, Sent::Logits(logits))) => {
+                        self.tell_lens(backend, step, &mut hidden);
                         let wanted = batch.slices.iter().filter(|slice| slice.logits).map(|slice| slice.id);
                         let logits = wanted.zip(logits).collect();
                         (self.replies)(StageReply::Done { step, logits, slowest: times.slowest });
@@ -311,8 +348,33 @@ impl Worker {
         }
     }
 
+    /// Tells what each layer would have said, in the rows that were gathered on the way.
+    fn tell_lens(&self, backend: &mut dyn StageBackend, step: u64, hidden: &mut [HiddenRow]) {
+        let Some(interest) = self.probe.interest().and_then(|interest| interest.lens.as_ref()) else { return };
+        let row = |row: &HiddenRow| (row.request, row.position);
+        // Stage by stage and layer by layer they came; the sort keeps that order within a row.
+        hidden.sort_by_key(row);
+        for rows in hidden.chunk_by(|a, b| row(a) == row(b)) {
+            match backend.lens(rows) {
+                Ok(logits) => {
+                    let logits: Vec<_> = rows.iter().map(|row| row.layer).zip(logits).collect();
+                    let (request, position) = row(&rows[0]);
+                    let layers = lens_layers(interest, &logits);
+                    self.probe.emit(|| Event::Lens { request, step, position, layers });
+                }
+                Err(error) => tracing::warn!("the lens on step {step} failed: {error}"),
+            }
+        }
+    }
+
     fn publish(&self, backend: &dyn StageBackend) {
         let bytes = backend.bytes();
+        self.probe.emit(|| Event::StageMemory {
+            stage: self.stage,
+            weights: bytes.weights,
+            kv: bytes.kv,
+            scratch: bytes.scratch,
+        });
         self.counters.weight_bytes.store(bytes.weights, Ordering::Relaxed);
         self.counters.kv_bytes.store(bytes.kv, Ordering::Relaxed);
     }

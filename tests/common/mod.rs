@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::Tensor;
 use candle_pipeline::backend::{MicroBatch, SequenceId, StageBackend, StageBytes, StageOutput};
+use candle_pipeline::instrument::{HiddenRow, Watch};
 use candle_pipeline::{
     DEMO_MODEL, DeviceSpec, Error, ExecutorOptions, Generation, GenerationOptions, HeterogeneousPipeline,
     HeterogeneousPipelineExecutor, KvType, PipelineOptions, Result, Split,
@@ -120,7 +121,7 @@ impl StageBackend for Meddled {
         self.inner.close(id);
     }
 
-    fn forward(&mut self, batch: &MicroBatch, input: Option<Tensor>) -> Result<StageOutput> {
+    fn forward(&mut self, batch: &MicroBatch, input: Option<Tensor>, watch: &mut Watch) -> Result<StageOutput> {
         let meddling = &self.meddling;
         let began = Instant::now();
         meddling.passes.fetch_add(1, Ordering::SeqCst);
@@ -134,9 +135,13 @@ impl StageBackend for Meddled {
                 return Err(Error::Tensors("the test wants this error".into()));
             }
         }
-        let output = self.inner.forward(batch, input);
+        let output = self.inner.forward(batch, input, watch);
         meddling.log.lock().unwrap().push((self.stage, batch.clone(), began, Instant::now()));
         output
+    }
+
+    fn lens(&mut self, rows: &[HiddenRow]) -> Result<Vec<Vec<f32>>> {
+        self.inner.lens(rows)
     }
 
     fn bytes(&self) -> StageBytes {

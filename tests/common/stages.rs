@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource};
+use candle_pipeline::instrument::Watch;
 use candle_pipeline::kernels::dequantise;
 use candle_pipeline::weights::{StoredTensor, TensorMeta, WeightSource, WeightType};
 use candle_pipeline::{DEMO_MODEL, DeviceSpec, HeterogeneousPipeline, Result};
@@ -63,7 +64,7 @@ pub fn source_of(device: DeviceSpec, file: &str) -> StageSource {
 /// The stage's decode step of one sequence; its logits.
 pub fn step(backend: &mut dyn StageBackend, id: SequenceId, token: u32, position: usize) -> Vec<f32> {
     let slice = SequenceSlice { id, position, len: 1, length: position + 1, logits: true };
-    match backend.forward(&MicroBatch { slices: vec![slice], tokens: vec![token] }, None).unwrap() {
+    match backend.forward(&MicroBatch { slices: vec![slice], tokens: vec![token] }, None, &mut Watch::off()).unwrap() {
         StageOutput::Logits(mut logits) => logits.remove(0),
         StageOutput::Activations(_) => unreachable!("a whole model returns logits"),
     }

@@ -1,16 +1,16 @@
-//! How fast memory can be read: threads that each sum a part of one large buffer of their own. No program that reads
-//! all its weights for each token can decode faster than this rate over the bytes of those weights.
+//! How fast memory can be read, as `device::read_bandwidth` measures it: threads that each sum a part of a large buffer.
+//! No program that reads all its weights for each token can decode faster than this rate over the bytes of those weights.
 //!
 //! ```text
 //! cargo run --release --example read_bandwidth -- --threads 2 --model /tmp/tinyllama.gguf
 //! ```
 
-use std::hint::black_box;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::quantized::gguf_file::Content;
+use candle_pipeline::device::cpu_read_rates;
+use candle_pipeline::kernels::pool::Pool;
 use clap::Parser;
 
 #[derive(Parser)]
@@ -36,26 +36,9 @@ fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let Arguments { threads, mebibytes, passes, .. } = arguments;
     ensure!(threads > 0 && mebibytes > 0 && passes > 0, "--threads, --mebibytes and --passes must be at least 1");
-    let mut parts: Vec<Vec<u64>> = vec![Vec::new(); threads];
-    let words = (mebibytes << 20) / size_of::<u64>() / threads;
-    // Each thread fills what it will read, so that the pages are there and near to it.
-    std::thread::scope(|scope| {
-        for part in &mut parts {
-            scope.spawn(move || part.resize(words, 1));
-        }
-    });
-    let bytes = words * size_of::<u64>() * threads;
-    let mut rates: Vec<f64> = (0..passes)
-        .map(|_| {
-            let began = Instant::now();
-            std::thread::scope(|scope| {
-                for part in &parts {
-                    scope.spawn(move || black_box(sum(part)));
-                }
-            });
-            bytes as f64 / began.elapsed().as_secs_f64() / 1e9
-        })
-        .collect();
+    let bytes = mebibytes << 20;
+    let pool = Pool::new(threads).with_context(|| format!("{threads} threads cannot be started"))?;
+    let mut rates: Vec<f64> = cpu_read_rates(&pool, bytes, passes).into_iter().map(|rate| rate / 1e9).collect();
     rates.sort_by(f64::total_cmp);
     let (median, best) = (rates[passes / 2], rates[passes - 1]);
 
@@ -80,18 +63,6 @@ fn main() -> Result<()> {
         println!("{}: {:.0} MB a token, at most {bound:.1} tokens/s", path.display(), bytes as f64 / 1e6);
     }
     Ok(())
-}
-
-/// Independent sums side by side: the compiler keeps them in vector registers, and no addition waits for another.
-fn sum(words: &[u64]) -> u64 {
-    let (blocks, rest) = words.as_chunks::<32>();
-    let mut sums = [0u64; 32];
-    for block in blocks {
-        for (sum, word) in sums.iter_mut().zip(block) {
-            *sum = sum.wrapping_add(*word);
-        }
-    }
-    sums.iter().chain(rest).fold(0, |all, word| all.wrapping_add(*word))
 }
 
 /// Bytes of all tensors but the embeddings, of which a step reads one row; unless they are the head too.

@@ -38,7 +38,7 @@ pub use self::sequence::{Finish, GeneratedToken, GenerationEvent, QueuePlace, Re
 use super::options::FinishReason;
 use crate::backend::{MicroBatch, SequenceId, SequenceSlice};
 use crate::error::Error;
-use crate::instrument::{Event, Probe};
+use crate::instrument::{Event, KvState, Outcome, Probe, StepOutcome, StepSlice};
 use crate::pipeline::worker::{StageMessage, StageReply, StepTimes, panic_message};
 
 /// What the scheduler hears.
@@ -132,6 +132,8 @@ pub struct Scheduler {
     deadlines: BTreeSet<(Instant, SequenceId)>,
     prefixes: PrefixCache,
     prefix_counters: Arc<PrefixCounters>,
+    /// Kept sequences that have made way.
+    evictions: u64,
     /// Positions that KV is set aside for, until the last stage has freed them.
     kv_used: usize,
     /// Positions of sequences that are ending but not yet freed.
@@ -168,6 +170,7 @@ impl Scheduler {
             work_since: Instant::now(),
             deadlines: BTreeSet::new(),
             prefix_counters,
+            evictions: 0,
             kv_used: 0,
             closing: HashMap::new(),
             dead: None,
@@ -189,31 +192,45 @@ impl Scheduler {
         if !matches!(error, Error::Stopped) {
             let _ = self.failed.set(error.clone());
         }
-        self.fail_all(error.clone());
+        self.fail_all(&error);
         // Requests that arrived too late to be heard end as well, with the same cause.
         for message in self.inbox.try_iter() {
             if let Message::Submit(requests) = message {
-                refuse(requests, &error);
+                self.refuse(requests, &error);
             }
         }
     }
 
     fn serve(&mut self) {
         while let Ok(message) = self.next_message() {
-            if !message.is_none_or(|message| self.handle(message)) {
-                break;
+            let began = self.probe.is_on().then(Instant::now);
+            let goes_on = self.turn(message);
+            if let Some(began) = began {
+                let now = Instant::now();
+                self.probe.emit_at(now, || Event::SchedulerTurn { busy: now - began });
             }
-            // What has arrived in the meantime is heard before the next micro-batch is composed.
-            while let Ok(message) = self.inbox.try_recv() {
-                if !self.handle(message) {
-                    return;
-                }
+            if !goes_on {
+                return;
             }
-            self.expire();
-            self.release_followers();
-            self.admit();
-            self.dispatch();
         }
+    }
+
+    /// Does all that there is to do after a message, or after a deadline; false means stop.
+    fn turn(&mut self, message: Option<Message>) -> bool {
+        if !message.is_none_or(|message| self.handle(message)) {
+            return false;
+        }
+        // What has arrived in the meantime is heard before the next micro-batch is composed.
+        while let Ok(message) = self.inbox.try_recv() {
+            if !self.handle(message) {
+                return false;
+            }
+        }
+        self.expire();
+        self.release_followers();
+        self.admit();
+        self.dispatch();
+        true
     }
 
     /// Waits for a message, or with `None` for the next deadline.
@@ -226,12 +243,16 @@ impl Scheduler {
         }
     }
 
-    fn fail_all(&mut self, error: Error) {
+    fn fail_all(&mut self, error: &Error) {
         for (_, sequence) in std::mem::take(&mut self.active) {
-            self.emit_finished(&sequence);
+            self.emit_finished(&sequence, Outcome::Error(error.kind()));
             let _ = sequence.request.events.send(Err(error.clone()));
         }
-        refuse(std::mem::take(&mut self.waiting), &error);
+        for (step, _) in std::mem::take(&mut self.steps) {
+            self.probe.emit(|| Event::StepFinished { step, outcome: StepOutcome::Failed });
+        }
+        let waiting = std::mem::take(&mut self.waiting);
+        self.refuse(waiting, error);
         self.decodes.clear();
         self.prefills.clear();
         self.followers.clear();
@@ -243,8 +264,15 @@ impl Scheduler {
         match message {
             Message::Shutdown => return false,
             Message::Submit(requests) => match &self.dead {
-                Some(error) => refuse(requests, error),
+                Some(error) => self.refuse(requests, error),
                 None => {
+                    for request in &requests {
+                        self.probe.emit(|| Event::RequestQueued {
+                            request: request.id.0,
+                            submitted: request.submitted,
+                            prompt: request.prompt.clone(),
+                        });
+                    }
                     let deadlines = requests.iter().filter_map(|request| Some((request.deadline?, request.id)));
                     self.deadlines.extend(deadlines);
                     self.waiting.extend(requests);
@@ -253,6 +281,7 @@ impl Scheduler {
             Message::Cancel(id) => self.end_early(id, FinishReason::Cancelled),
             Message::ClearPrefixes => {
                 while let Some(entry) = self.prefixes.evict(None) {
+                    self.evictions += 1;
                     self.close(entry.id, entry.capacity);
                 }
                 self.prefix_counters.publish(&self.prefixes);
@@ -263,23 +292,24 @@ impl Scheduler {
             }
             Message::Stage(StageReply::OpenFailed { id, error }) => self.fail(id, error),
             Message::Stage(StageReply::StepFailed { step, error }) => {
-                for slice in self.steps.remove(&step).into_iter().flat_map(|step| step.slices) {
-                    self.fail(slice.id, error.clone());
+                if let Some(failed) = self.steps.remove(&step) {
+                    failed.slices.iter().for_each(|slice| self.fail(slice.id, error.clone()));
+                    self.probe.emit(|| Event::StepFinished { step, outcome: StepOutcome::Failed });
                 }
             }
             Message::Stage(StageReply::Died { error }) => {
                 // The first death is the cause; others follow from it.
                 let error = self.dead.get_or_insert(error).clone();
                 let _ = self.failed.set(error.clone());
-                self.fail_all(error);
+                self.fail_all(&error);
             }
         }
         true
     }
 
     /// A step has left the stages. Some of its sequences may have ended in the meantime.
-    fn landed(&mut self, step: u64, logits: Vec<(SequenceId, Vec<f32>)>, slowest: Duration) {
-        let Some(step) = self.steps.remove(&step) else { return };
+    fn landed(&mut self, number: u64, logits: Vec<(SequenceId, Vec<f32>)>, slowest: Duration) {
+        let Some(step) = self.steps.remove(&number) else { return };
         let mut logits: HashMap<SequenceId, Vec<f32>> = logits.into_iter().collect();
         let mut wanted = false;
         for slice in step.slices {
@@ -295,6 +325,28 @@ impl Scheduler {
         }
         if wanted {
             self.budget.landed(step.decode_rows, step.prefill_rows, slowest);
+        }
+        let outcome = if wanted { StepOutcome::Computed } else { StepOutcome::Unwanted };
+        self.probe.emit(|| Event::StepFinished { step: number, outcome });
+        if self.probe.interest().is_some_and(|interest| interest.kv) {
+            self.probe.emit(|| Event::Kv(self.kv_state()));
+        }
+    }
+
+    fn kv_state(&self) -> KvState {
+        let running: usize = self.active.values().map(|sequence| sequence.computed).sum();
+        let kept: usize = self.prefixes.entries().map(|entry| entry.tokens.len()).sum();
+        let counters = &self.prefix_counters;
+        KvState {
+            limit: self.limits.kv_positions,
+            reserved: self.kv_used,
+            valid: running + kept,
+            retained: self.prefixes.positions(),
+            sequences: self.active.len(),
+            waiting: self.waiting.len(),
+            evictions: self.evictions,
+            lookups: counters.lookups.load(Ordering::Relaxed),
+            hits: counters.hits.load(Ordering::Relaxed),
         }
     }
 
@@ -314,6 +366,7 @@ impl Scheduler {
             && let Some(request) = self.waiting.remove(index)
         {
             self.forget_deadline(&request);
+            self.probe.emit(|| Event::RequestFinished { request: id.0, tokens: 0, outcome: reason.into() });
             request.finish_unadmitted(reason);
         }
         self.finish(id, reason);
@@ -340,11 +393,12 @@ impl Scheduler {
             }
             self.kv_used += capacity;
             let (id, prompt_tokens) = (request.id, request.prompt.len());
+            let queued = request.submitted.elapsed();
             if self.sharable(&request).is_some() {
                 self.prefix_counters.lookups.fetch_add(1, Ordering::Relaxed);
             }
             self.active.insert(id, Sequence::new(request, capacity));
-            self.probe.emit(|| Event::RequestStarted { request: id.0, prompt_tokens });
+            self.probe.emit(|| Event::RequestStarted { request: id.0, prompt_tokens, queued });
             match leader {
                 Some((leader, len)) => self.followers.push(Follower { id, leader, len }),
                 None => self.begin(id),
@@ -432,6 +486,7 @@ impl Scheduler {
             && let Some(entry) = self.prefixes.evict(spared)
         {
             used -= entry.capacity;
+            self.evictions += 1;
             self.close(entry.id, entry.capacity);
             self.prefix_counters.publish(&self.prefixes);
         }
@@ -459,6 +514,7 @@ impl Scheduler {
         let prefills: Vec<_> =
             self.prefills.drain(..composition.chunks.len()).zip(composition.chunks.iter().copied()).collect();
         let mut batch = MicroBatch::default();
+        let mut told = Vec::new();
         for (id, len) in decodes.into_iter().chain(prefills) {
             let Some(sequence) = self.active.get_mut(&id) else { continue };
             let (position, length) = (sequence.sent, sequence.tokens.len());
@@ -467,6 +523,9 @@ impl Scheduler {
             batch.tokens.extend_from_slice(&sequence.tokens[position..end]);
             sequence.sent = end;
             sequence.kv_length = length;
+            if self.probe.is_on() {
+                told.push(StepSlice { request: id.0, position, rows: len, prefill: !sequence.decoding });
+            }
             if end < length {
                 self.prefills.push_back(id);
             }
@@ -482,7 +541,8 @@ impl Scheduler {
         };
         self.steps.insert(step, in_flight);
         let times = StepTimes::sent_now(self.work_since);
-        self.send(StageMessage::Step { step, batch, input: None, cancelled, times });
+        self.probe.emit_at(times.sent, || Event::StepSent { step, slices: told });
+        self.send(StageMessage::Step { step, batch, input: None, cancelled, times, hidden: Vec::new() });
     }
 
     fn send(&self, message: StageMessage) {
@@ -498,7 +558,20 @@ impl Scheduler {
             sequence.report_prefilled(logits);
         }
         let outcome = sequence.choose(logits, &self.limits);
-        self.probe.emit(|| Event::Sampled { request: id.0, duration: started.elapsed() });
+        // An error, or a request for no token, chooses none.
+        if let Some((index, since)) = sequence.take_chosen()
+            && self.probe.is_on()
+        {
+            // One reading of the clock, so that the choice began when it says.
+            let now = Instant::now();
+            self.probe.emit_at(now, || Event::Sampled {
+                request: id.0,
+                token: sequence.tokens[sequence.tokens.len() - 1],
+                index,
+                since,
+                duration: now - started,
+            });
+        }
         match outcome {
             Err(error) => self.fail(id, error),
             Ok(Some(reason)) => self.finish(id, reason),
@@ -514,9 +587,9 @@ impl Scheduler {
     }
 
     /// Takes a sequence out; steps that nobody else is in are passed by.
-    fn take_out(&mut self, id: SequenceId) -> Option<Sequence> {
+    fn take_out(&mut self, id: SequenceId, outcome: Outcome) -> Option<Sequence> {
         // A collector that panics here leaves the sequence where it will be told so.
-        self.emit_finished(self.active.get(&id)?);
+        self.emit_finished(self.active.get(&id)?, outcome);
         let sequence = self.active.remove(&id)?;
         self.decodes.retain(|ready| *ready != id);
         self.prefills.retain(|ready| *ready != id);
@@ -537,7 +610,7 @@ impl Scheduler {
     }
 
     fn fail(&mut self, id: SequenceId, error: Error) {
-        if let Some(sequence) = self.take_out(id) {
+        if let Some(sequence) = self.take_out(id, Outcome::Error(error.kind())) {
             self.close(id, sequence.capacity);
             let _ = sequence.request.events.send(Err(error));
         }
@@ -545,12 +618,13 @@ impl Scheduler {
 
     /// Ends an active sequence, and keeps its KV if that may be of use.
     fn finish(&mut self, id: SequenceId, reason: FinishReason) {
-        let Some(mut sequence) = self.take_out(id) else { return };
+        let Some(mut sequence) = self.take_out(id, reason.into()) else { return };
         let capacity = sequence.capacity;
         if sequence.request.options.reuse_prefix {
             let tokens = sequence.tokens[..sequence.computed].to_vec();
             let rotations = self.limits.rotations(sequence.kv_length);
             for evicted in self.prefixes.insert(Retained { id, tokens, capacity, rotations }) {
+                self.evictions += u64::from(evicted.id != id);
                 self.close(evicted.id, evicted.capacity);
             }
             self.prefix_counters.publish(&self.prefixes);
@@ -566,14 +640,17 @@ impl Scheduler {
         }
     }
 
-    fn emit_finished(&self, sequence: &Sequence) {
-        self.probe.emit(|| Event::RequestFinished { request: sequence.request.id.0, tokens: sequence.generated() });
+    fn emit_finished(&self, sequence: &Sequence, outcome: Outcome) {
+        let request = sequence.request.id.0;
+        self.probe.emit(|| Event::RequestFinished { request, tokens: sequence.generated(), outcome });
     }
-}
 
-/// Ends requests that were not admitted with an error.
-fn refuse(requests: impl IntoIterator<Item = Request>, error: &Error) {
-    for request in requests {
-        let _ = request.events.send(Err(error.clone()));
+    /// Ends requests that were not admitted with an error.
+    fn refuse(&self, requests: impl IntoIterator<Item = Request>, error: &Error) {
+        for request in requests {
+            let outcome = Outcome::Error(error.kind());
+            self.probe.emit(|| Event::RequestFinished { request: request.id.0, tokens: 0, outcome });
+            let _ = request.events.send(Err(error.clone()));
+        }
     }
 }

@@ -151,6 +151,10 @@ pub struct Sequence {
     sampler: Sampler,
     text: Option<TextState>,
     first_token: Option<Duration>,
+    /// When the last token was chosen; before the first one, when the request was submitted.
+    last_token: Instant,
+    /// The token chosen last, until it is told of: how many came before it, and the time since the last of those.
+    chosen: Option<(usize, Duration)>,
 }
 
 impl Sequence {
@@ -168,6 +172,8 @@ impl Sequence {
             sampler: Sampler::new(&request.options, request.seed, &request.prompt),
             text: request.text.take(),
             first_token: None,
+            last_token: request.submitted,
+            chosen: None,
             request,
         }
     }
@@ -203,7 +209,10 @@ impl Sequence {
         }
         let sampled = self.sampler.sample(logits)?;
         self.tokens.push(sampled.token);
-        self.first_token.get_or_insert_with(|| self.request.submitted.elapsed());
+        let now = Instant::now();
+        self.first_token.get_or_insert(now.saturating_duration_since(self.request.submitted));
+        self.chosen = Some((generated, now.saturating_duration_since(self.last_token)));
+        self.last_token = now;
         let is_eos = !options.ignore_eos && limits.eos_token_ids.contains(&sampled.token);
         let mut stopped = is_eos || options.stop_tokens.contains(&sampled.token);
         let mut text = String::new();
@@ -225,6 +234,11 @@ impl Sequence {
         } else {
             None
         })
+    }
+
+    /// What is to be told of the token that was chosen last, once.
+    pub fn take_chosen(&mut self) -> Option<(usize, Duration)> {
+        self.chosen.take()
     }
 
     /// Tells the caller of the end.

@@ -27,6 +27,9 @@ enum Set {
     /// AVX-512 F, BW, VL, DQ and VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// The same, and AMX's tiles for products with many inputs.
+    #[cfg(target_arch = "x86_64")]
+    Amx,
     /// AVX2, FMA and F16C.
     #[cfg(target_arch = "x86_64")]
     Avx2,
@@ -44,13 +47,17 @@ impl Isa {
     /// Plain Rust, which every CPU has: the reference.
     pub const SCALAR: Isa = Isa(Set::Scalar);
 
-    /// Every instruction set that this CPU has, best first. Plain Rust is always the last.
+    /// Every instruction set that this CPU has, best first. Plain Rust is always the last. AMX stands behind AVX-512: what
+    /// it gains has not been measured, so it is there for those who ask for it.
     pub fn available() -> Vec<Isa> {
         let mut found = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
             if avx512::is_available() {
                 found.push(Isa(Set::Avx512));
+                if crate::kernels::tiles::is_available() {
+                    found.push(Isa(Set::Amx));
+                }
             }
             if avx2::is_available() {
                 found.push(Isa(Set::Avx2));
@@ -78,11 +85,25 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Set::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]
+            Set::Amx => "amx",
+            #[cfg(target_arch = "x86_64")]
             Set::Avx2 => "avx2",
             #[cfg(target_arch = "aarch64")]
             Set::NeonDot | Set::Neon => "neon",
             Set::Scalar => "scalar",
         }
+    }
+
+    /// Whether products may use tiles.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn has_tiles(self) -> bool {
+        self.0 == Set::Amx
+    }
+
+    /// AMX, where it is there or can be emulated.
+    #[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]
+    pub(super) fn with_tiles() -> Option<Isa> {
+        (avx512::is_available() && crate::kernels::tiles::is_there_or_emulated()).then_some(Isa(Set::Amx))
     }
 
     /// Runs a kernel compiled for this instruction set.
@@ -94,7 +115,7 @@ impl Isa {
         match self.0 {
             // SAFETY: an `Isa` is one that this CPU has; the kernel's conditions are the caller's.
             #[cfg(target_arch = "x86_64")]
-            Set::Avx512 => unsafe { avx512::enter(kernel) },
+            Set::Avx512 | Set::Amx => unsafe { avx512::enter(kernel) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Set::Avx2 => unsafe { avx2::enter(kernel) },

@@ -1,0 +1,254 @@
+//! A file of lines that a process killed at any moment leaves whole.
+//!
+//! One `write` a batch is not enough for that: on Linux a kill cuts a write short where it goes from one page of the file
+//! to the next. So no line lies on two pages, and no write either. What a page has left is filled with spaces before the
+//! last line's end, or with a line that says nothing.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+
+/// Where writes may be cut. Larger pages begin at multiples of it too.
+const PAGE: usize = 4096;
+
+/// With less than this left in a page after a write, it is filled: a filler must have room, and most lines.
+const LEAST_ROOM: usize = 512;
+
+/// What a file may hold when it is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Existing<'a> {
+    /// It is emptied.
+    Replaced,
+    /// It is added to, if it begins like this.
+    AddedTo(&'a [u8]),
+}
+
+/// A file of whole lines, for this process alone.
+#[derive(Debug)]
+pub struct LineFile {
+    path: PathBuf,
+    file: File,
+    /// Bytes that are written.
+    length: u64,
+    /// Whole lines of one page that are not.
+    page: Vec<u8>,
+    lines_in_page: u64,
+    /// A line that says nothing, without its end.
+    filler: Vec<u8>,
+    lost_lines: u64,
+    warned: bool,
+}
+
+impl LineFile {
+    /// Opens the file or makes it. A piece of a line at its end, as a computer leaves that loses power, is cut off.
+    pub fn open(path: &Path, existing: Existing<'_>) -> Result<LineFile> {
+        let failed = |doing: &str, e: io::Error| Error::file(path, format!("cannot be {doing}: {e}"));
+        let mut file = OpenOptions::new()
+            .read(true)
+            .append(true)
+            .create(true)
+            .open(path)
+            .map_err(|e| failed("opened for writing", e))?;
+        let regular = file.metadata().map_err(|e| failed("examined", e))?.is_file();
+        // Where a file system has no locks one has to take care oneself.
+        if regular && matches!(file.try_lock(), Err(TryLockError::WouldBlock)) {
+            return Err(Error::file(path, "another process or log writes to it; give each a file of its own"));
+        }
+        let mut length = 0;
+        if let (true, Existing::AddedTo(beginning)) = (regular, existing) {
+            length = whole_lines(&mut file, beginning).map_err(|e| failed("read", e))?.ok_or_else(|| {
+                Error::file(path, "holds something else and is left as it is; give another name, or remove it")
+            })?;
+        }
+        if regular {
+            file.set_len(length).map_err(|e| failed("cut to whole lines", e))?;
+        }
+        let path = path.to_path_buf();
+        let page = Vec::with_capacity(PAGE);
+        Ok(LineFile { path, file, length, page, lines_in_page: 0, filler: Vec::new(), lost_lines: 0, warned: false })
+    }
+
+    /// The line that fills what a page has left, without its end.
+    pub fn set_filler(&mut self, filler: Vec<u8>) {
+        self.filler = filler;
+    }
+
+    /// Bytes, with those that are not written yet.
+    pub fn length(&self) -> u64 {
+        self.length + self.page.len() as u64
+    }
+
+    /// Lines that could not be written.
+    pub fn lost_lines(&self) -> u64 {
+        self.lost_lines
+    }
+
+    /// Takes a line, without its end. It is written by [`flush`](Self::flush) at the latest.
+    pub fn push(&mut self, line: &[u8]) {
+        let needed = line.len() + 1;
+        if needed > self.room() {
+            if self.page.is_empty() && self.room() < PAGE {
+                self.page.extend_from_slice(&self.filler);
+                self.page.push(b'\n');
+            }
+            self.fill();
+            self.write();
+        }
+        self.page.extend_from_slice(line);
+        self.page.push(b'\n');
+        self.lines_in_page += 1;
+        // A line longer than a page goes out alone. Only that it is whole after a kill cannot be promised.
+        if self.page.len() >= PAGE || self.room() == PAGE {
+            self.fill();
+            self.write();
+        }
+    }
+
+    /// Writes what there is.
+    pub fn flush(&mut self) {
+        if !self.page.is_empty() {
+            if self.room() < LEAST_ROOM {
+                self.fill();
+            }
+            self.write();
+        }
+    }
+
+    /// Bytes that fit the page behind those that are there.
+    fn room(&self) -> usize {
+        PAGE - (self.length() % PAGE as u64) as usize
+    }
+
+    /// Fills the page with spaces before the last line's end.
+    fn fill(&mut self) {
+        let room = self.room();
+        if room < PAGE && self.page.pop().is_some() {
+            self.page.resize(self.page.len() + room, b' ');
+            self.page.push(b'\n');
+        }
+    }
+
+    /// One write, but for a disk that takes a part only.
+    fn write(&mut self) {
+        match self.file.write_all(&self.page) {
+            Ok(()) => self.length += self.page.len() as u64,
+            Err(error) => {
+                self.lost_lines += self.lines_in_page;
+                // What a full disk took of the page goes again. Not every file can be cut.
+                let _ = self.file.set_len(self.length);
+                if !self.warned {
+                    self.warned = true;
+                    tracing::warn!("{}: lines are lost, the first ones to `{error}`", self.path.display());
+                }
+            }
+        }
+        self.page.clear();
+        self.lines_in_page = 0;
+    }
+}
+
+/// Bytes up to the last line's end; `None` when the file does not begin as it should.
+fn whole_lines(file: &mut File, beginning: &[u8]) -> io::Result<Option<u64>> {
+    let mut begins = Vec::with_capacity(beginning.len());
+    file.seek(SeekFrom::Start(0))?;
+    Read::by_ref(file).take(beginning.len() as u64).read_to_end(&mut begins)?;
+    if !begins.is_empty() && begins != beginning {
+        return Ok(None);
+    }
+    let mut end = file.seek(SeekFrom::End(0))?;
+    let mut block = [0; PAGE];
+    while end > 0 {
+        let from = end.saturating_sub(PAGE as u64);
+        let block = &mut block[..(end - from) as usize];
+        file.seek(SeekFrom::Start(from))?;
+        file.read_exact(block)?;
+        if let Some(newline) = block.iter().rposition(|&byte| byte == b'\n') {
+            return Ok(Some(from + newline as u64 + 1));
+        }
+        end = from;
+    }
+    Ok(Some(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lines(path: &Path) -> Vec<String> {
+        let text = std::fs::read_to_string(path).unwrap();
+        assert!(text.is_empty() || text.ends_with('\n'));
+        text.lines().map(|line| line.trim_end().to_string()).filter(|line| line != "#" && !line.is_empty()).collect()
+    }
+
+    #[test]
+    fn no_line_lies_on_two_pages_and_none_is_changed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lines");
+        let mut expected = Vec::new();
+        for opening in 0..3 {
+            let mut file = LineFile::open(&path, Existing::AddedTo(b"line")).unwrap();
+            file.set_filler(b"#".to_vec());
+            for n in 0..500_usize {
+                let line = format!("line {opening} {n} x{}", "x".repeat(n * n * 31 % [200, 4000, 700][opening]));
+                file.push(line.as_bytes());
+                expected.push(line);
+                if n % 3 == 0 {
+                    file.flush();
+                }
+            }
+            file.flush();
+            assert_eq!(file.length(), path.metadata().unwrap().len());
+        }
+        assert!(lines(&path) == expected);
+        let bytes = std::fs::read(&path).unwrap();
+        for page in bytes.chunks_exact(4096) {
+            assert_eq!(page[4095], b'\n');
+        }
+    }
+
+    #[test]
+    fn a_line_longer_than_a_page_is_written_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lines");
+        let mut file = LineFile::open(&path, Existing::Replaced).unwrap();
+        let long = "y".repeat(3 * PAGE);
+        for line in ["a", &long, &"z".repeat(PAGE - 1), &"z".repeat(PAGE), "b"] {
+            file.push(line.as_bytes());
+        }
+        file.flush();
+        assert_eq!(lines(&path).iter().map(String::len).collect::<Vec<_>>(), [1, 3 * PAGE, PAGE - 1, PAGE, 1]);
+    }
+
+    #[test]
+    fn a_torn_end_is_cut_off_and_a_foreign_file_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lines");
+        std::fs::write(&path, format!("line 1\nline 2\nlin{}", "e".repeat(9000))).unwrap();
+        let mut file = LineFile::open(&path, Existing::AddedTo(b"line")).unwrap();
+        let second = LineFile::open(&path, Existing::AddedTo(b"line")).unwrap_err().to_string();
+        assert!(second.contains("another process or log"), "{second}");
+        file.push(b"line 3");
+        file.flush();
+        assert_eq!(lines(&path), ["line 1", "line 2", "line 3"]);
+        let foreign = folder.path().join("letter");
+        std::fs::write(&foreign, "Dear all").unwrap();
+        let refused = LineFile::open(&foreign, Existing::AddedTo(b"line")).unwrap_err().to_string();
+        assert!(refused.contains("letter") && refused.contains("something else"), "{refused}");
+        assert_eq!(std::fs::read_to_string(&foreign).unwrap(), "Dear all");
+        let missing = LineFile::open(&folder.path().join("no/such"), Existing::Replaced).unwrap_err().to_string();
+        assert!(missing.contains("no/such") && missing.contains("opened for writing"), "{missing}");
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn what_a_full_disk_does_not_take_is_counted() {
+        let mut file = LineFile::open(Path::new("/dev/full"), Existing::AddedTo(b"line")).unwrap();
+        for _ in 0..1000 {
+            file.push(&[b'x'; 99]);
+        }
+        file.flush();
+        assert_eq!((file.lost_lines(), file.length()), (1000, 0));
+    }
+}
