@@ -20,6 +20,7 @@ mod gpu {
 
     use candle_core::{DType, Device, Tensor};
     use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageOutput, StageSource};
+    use candle_pipeline::instrument::Watch;
     use candle_pipeline::model::config::DecoderConfig;
     use candle_pipeline::weights::{StoredTensor, TensorMeta, WeightSource, WeightType};
     use candle_pipeline::{DEMO_MODEL, DeviceSpec, HeterogeneousPipeline, Result};
@@ -141,7 +142,7 @@ mod gpu {
                         for position in POSITION..POSITION + STEPS {
                             let slice = SequenceSlice { id, position, len: 1, length: position + 1, logits: false };
                             let batch = MicroBatch { slices: vec![slice], tokens: vec![0] };
-                            match backend.forward(&batch, Some(x.clone())).expect("a step") {
+                            match backend.forward(&batch, Some(x.clone()), &mut Watch::off()).expect("a step") {
                                 StageOutput::Activations(out) => x = out,
                                 StageOutput::Logits(_) => unreachable!("the stage has no head"),
                             }

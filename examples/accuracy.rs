@@ -26,12 +26,14 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageOutput};
 use candle_pipeline::instrument::Watch;
+use candle_pipeline::instrument::tracer::quant_error::kl_divergence;
 use candle_pipeline::weights::WeightType;
 use candle_pipeline::{
     DEMO_MODEL, DeviceSpec, GenerationOptions, HeterogeneousPipeline, HeterogeneousPipelineExecutor, KvType,
     PipelineOptions,
 };
 use clap::Parser;
+use common::greedy;
 use serde::{Deserialize, Serialize};
 
 /// Most precise first.
@@ -103,7 +105,7 @@ impl Difference {
         ensure!(found.len() == reference.len(), "{} logits instead of {}", found.len(), reference.len());
         ensure!(found.iter().all(|logit| logit.is_finite()), "a logit is not finite");
         let positions = || found.chunks_exact(vocab).zip(reference.chunks_exact(vocab));
-        let divergences: Vec<f64> = positions().map(|(found, reference)| divergence(found, reference)).collect();
+        let divergences: Vec<f64> = positions().map(|(found, reference)| kl_divergence(reference, found)).collect();
         let mut sorted = divergences.clone();
         sorted.sort_by(f64::total_cmp);
         let count = sorted.len();
@@ -137,25 +139,6 @@ impl Excess {
         let squares: f64 = differences().map(|difference| (difference - mean).powi(2)).sum();
         Excess { mean, error: squares.sqrt() / count }
     }
-}
-
-/// Logarithms of the probabilities.
-fn log_softmax(logits: &[f32]) -> Vec<f64> {
-    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max) as f64;
-    let sum: f64 = logits.iter().map(|&logit| (logit as f64 - most).exp()).sum();
-    logits.iter().map(|&logit| logit as f64 - most - sum.ln()).collect()
-}
-
-/// KL(reference || found).
-fn divergence(found: &[f32], reference: &[f32]) -> f64 {
-    let (found, reference) = (log_softmax(found), log_softmax(reference));
-    let terms = reference.iter().zip(&found).map(|(p, q)| p.exp() * (p - q));
-    terms.sum::<f64>().max(0.0)
-}
-
-/// The most likely token, the lowest id among equals.
-fn greedy(logits: &[f32]) -> usize {
-    (0..logits.len()).reduce(|best, index| if logits[index] > logits[best] { index } else { best }).unwrap_or(0)
 }
 
 /// Logits from one program.

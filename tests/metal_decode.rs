@@ -3,25 +3,26 @@
 //! order of everything are the same.
 #![cfg(not(target_os = "macos"))]
 
-use std::collections::HashMap;
-use std::path::Path;
+mod common;
+
 use std::sync::Arc;
 
 use candle_pipeline::backend::fused::{self, FusedBuffers};
-use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource};
-use candle_pipeline::instrument::Watch;
-use candle_pipeline::kernels::dequantise;
+use candle_pipeline::backend::{SequenceId, StageSource};
 use candle_pipeline::model::config::DecoderConfig;
 use candle_pipeline::model::rope::Ropes;
 use candle_pipeline::model::stage_weights::{Build, StageWeights};
-use candle_pipeline::weights::{StoredTensor, TensorMeta, WeightSource, WeightType};
-use candle_pipeline::{DEMO_MODEL, DeviceSpec, HeterogeneousPipeline, Result};
+use candle_pipeline::weights::{WeightSource, WeightType};
+use candle_pipeline::{DeviceSpec, Result};
+use common::stages::{Widened, best, largest_difference, source_of, step};
 use metal_ext::decode::{self, KvCache, Row, Scratch};
 use metal_ext::dequantise::LookUp;
 use metal_ext::gemv::PackedMatrix;
 use metal_ext::pack::MatrixLayout;
 use metal_ext::{MetalExtOptions, Region};
 use msl_cpu::{Check, CpuBuffer, CpuEncoder};
+
+const CPU: DeviceSpec = DeviceSpec::Cpu { threads: Some(1) };
 
 /// Packs matrices into buffers for the CPU encoder.
 struct CpuBuffers;
@@ -142,78 +143,10 @@ impl FusedModel {
     }
 }
 
-/// A model's tensors, every one widened to F32: the CPU backend then multiplies unrounded inputs, as the kernels do,
-/// instead of inputs rounded to 8 bits.
-struct Widened {
-    source: Arc<dyn WeightSource>,
-    tensors: HashMap<String, Vec<u8>>,
-}
-
-impl Widened {
-    fn new(source: Arc<dyn WeightSource>) -> Widened {
-        let widen = |name: String| {
-            let stored = source.tensor(&name).unwrap();
-            let values = dequantise(stored.meta.dtype, stored.bytes).unwrap();
-            (name, values.into_iter().flat_map(f32::to_le_bytes).collect())
-        };
-        let tensors = source.names().into_iter().map(widen).collect();
-        Widened { source, tensors }
-    }
-}
-
-impl WeightSource for Widened {
-    fn meta(&self, name: &str) -> Result<Option<TensorMeta>> {
-        Ok(self.source.meta(name)?.map(|meta| TensorMeta { dtype: WeightType::F32, ..meta }))
-    }
-
-    fn tensor(&self, name: &str) -> Result<StoredTensor<'_>> {
-        let StoredTensor { meta, .. } = self.source.tensor(name)?;
-        Ok(StoredTensor { meta: TensorMeta { dtype: WeightType::F32, ..meta }, bytes: &self.tensors[name] })
-    }
-
-    fn names(&self) -> Vec<String> {
-        self.source.names()
-    }
-
-    fn release(&self, _: &str) {}
-
-    fn stored_name(&self, name: &str) -> String {
-        self.source.stored_name(name)
-    }
-
-    fn path_of(&self, name: &str) -> &Path {
-        self.source.path_of(name)
-    }
-}
-
-/// What a CPU stage with the whole model is loaded from.
-fn source_of(file: &str) -> StageSource {
-    let model = Path::new(DEMO_MODEL).join(file);
-    let devices = [DeviceSpec::Cpu { threads: Some(1) }];
-    HeterogeneousPipeline::new(&devices, model.to_str().unwrap()).unwrap().stage_source(0)
-}
-
-fn cpu_step(backend: &mut dyn StageBackend, id: SequenceId, token: u32, position: usize) -> Vec<f32> {
-    let slice = SequenceSlice { id, position, len: 1, length: position + 1, logits: true };
-    match backend.forward(&MicroBatch { slices: vec![slice], tokens: vec![token] }, None, &mut Watch::off()).unwrap() {
-        StageOutput::Logits(mut logits) => logits.remove(0),
-        StageOutput::Activations(_) => unreachable!("a whole model returns logits"),
-    }
-}
-
-fn best(logits: &[f32]) -> u32 {
-    let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
-    best.map_or(0, |(token, _)| token as u32)
-}
-
-fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
-}
-
 /// Generates a story with both until the end token, and follows it with the CPU backend on the file as it is. No logit
 /// differs from the widened model's by more than `tolerance`, nor from the CPU backend's own by more than `rounding`.
 fn same_story(file: &str, tolerance: f32, rounding: f32) {
-    let source = source_of(file);
+    let source = source_of(CPU, file);
     let fused = FusedModel::load(&*source.weights, &source.config, 1);
     let widened = StageSource { weights: Arc::new(Widened::new(source.weights.clone())), ..source.clone() };
     let (mut exact, mut rounded) = (widened.load(&|_| {}).unwrap(), source.load(&|_| {}).unwrap());
@@ -226,10 +159,10 @@ fn same_story(file: &str, tolerance: f32, rounding: f32) {
     let (mut off, mut off_rounded, mut ties) = (0f32, 0f32, 0);
     for position in 0..capacity {
         let got = fused.step(Check::Fast, &[(token, position, &kv)]).remove(0);
-        let want = cpu_step(&mut *exact, id, token, position);
+        let want = step(&mut *exact, id, token, position);
         off = off.max(largest_difference(&got, &want));
         assert!(off <= tolerance, "{file}, position {position}: logits differ by {off}");
-        let cpu = cpu_step(&mut *rounded, id, token, position);
+        let cpu = step(&mut *rounded, id, token, position);
         let here = largest_difference(&got, &cpu);
         off_rounded = off_rounded.max(here);
         assert!(off_rounded <= rounding, "{file}, position {position}: logits differ by {off_rounded} from the CPU's");
@@ -275,7 +208,7 @@ fn the_q4_0_model_tells_the_same_story() {
 
 #[test]
 fn sequences_of_one_step_are_what_they_are_alone() {
-    let source = source_of("");
+    let source = source_of(CPU, "");
     let fused = FusedModel::load(&*source.weights, &source.config, 3);
     let prompts: [&[u32]; 3] = [&[0, 300, 17], &[0, 41], &[0, 500, 600, 2]];
     let alone: Vec<Vec<f32>> = prompts
@@ -306,7 +239,7 @@ fn sequences_of_one_step_are_what_they_are_alone() {
 
 #[test]
 fn a_step_passes_every_check() {
-    let source = source_of("");
+    let source = source_of(CPU, "");
     let mut fused = FusedModel::load(&*source.weights, &source.config, 2);
     // One layer is enough: all are encoded alike.
     fused.stage.layers.truncate(1);

@@ -250,7 +250,7 @@ async fn every_step_that_is_sent_ends_once_and_nothing_is_told_of_it_afterwards(
             .iter()
             .filter(|event| matches!(event, Event::StepFinished { outcome: StepOutcome::Failed, .. }))
             .count();
-        assert_eq!(failed > 0, outcome.is_err());
+        assert!(failed > 0 || sound, "what is under way when the executor stops counts as failed too");
         let mut over = std::collections::HashSet::new();
         for event in &events {
             match event {

@@ -338,6 +338,11 @@ pub fn rates(tokens: usize, ttft: Duration, total: Duration) -> (f64, f64) {
     (rate(tokens, total), rate(tokens.saturating_sub(1), total.saturating_sub(ttft)))
 }
 
+/// The most likely token, the lowest id among equals.
+pub fn greedy(logits: &[f32]) -> usize {
+    (0..logits.len()).reduce(|best, index| if logits[index] > logits[best] { index } else { best }).unwrap_or(0)
+}
+
 /// Prints a piece of the answer at once.
 pub fn print_now(text: &str) {
     print!("{text}");

@@ -15,7 +15,7 @@ constant ushort head_dim [[function_constant(0)]];
 constant bool has_softcap [[function_constant(1)]];
 constant bool is_split [[function_constant(2)]]; // partial results are written, for `attend_merge`
 
-constant float LOWEST = -3.402823466e38f;
+constexpr constant float LOWEST = -3.402823466e38f;
 
 // Lanes that take a position together.
 inline ushort lanes_for(ushort units) {

@@ -13,10 +13,10 @@ constant bool has_second [[function_constant(2)]]; // a second matrix, whose col
 constant bool has_third [[function_constant(3)]];
 constant ushort finish [[function_constant(4)]];
 
-constant ushort STORE = 0;     // y = product
-constant ushort ADD = 1;       // y += multiplier * product
-constant ushort SILU = 2;      // y = silu(first product) * second product
-constant ushort GELU_TANH = 3; // the same with GELU by its tanh approximation
+constexpr constant ushort STORE = 0;     // y = product
+constexpr constant ushort ADD = 1;       // y += multiplier * product
+constexpr constant ushort SILU = 2;      // y = silu(first product) * second product
+constexpr constant ushort GELU_TANH = 3; // the same with GELU by its tanh approximation
 
 inline float activate(float gate) {
     if (finish == SILU) {

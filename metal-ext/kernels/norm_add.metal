@@ -2,7 +2,7 @@
 //
 // A product's own threadgroups cannot do this, since none of them sees a whole row.
 
-constant ushort MOST_SIMDGROUPS = 32;
+constexpr constant ushort MOST_SIMDGROUPS = 32;
 
 kernel void norm_add(
     device const float* branch [[buffer(0)]],

@@ -8,8 +8,8 @@ constant bool whole_projection [[function_constant(1)]]; // the norm is over all
 constant bool has_rope [[function_constant(2)]];
 constant bool interleaved [[function_constant(3)]];      // pairs are neighbours, else halves of what is rotated
 
-constant ushort SIMDGROUPS = 4;
-constant ushort MOST_DIM = 256;
+constexpr constant ushort SIMDGROUPS = 4;
+constexpr constant ushort MOST_DIM = 256;
 
 // 16 bytes a lane.
 inline void store(thread const KvF16&, device uchar* kv, constant RopeKvParams& p, RopeKvRow row, uint head,

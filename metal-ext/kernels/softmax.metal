@@ -4,8 +4,8 @@
 // what it has seen (online softmax), and once for what is written. Rows begin at multiples of 16, so four values are read
 // at a time, and one at a time behind the last four.
 
-constant ushort MOST_SIMDGROUPS = 32;
-constant float LOWEST = -3.402823466e38f;
+constexpr constant ushort MOST_SIMDGROUPS = 32;
+constexpr constant float LOWEST = -3.402823466e38f;
 
 // x: greatest value, y: sum of weights.
 inline float2 joined(float2 a, float2 b) {

@@ -4,13 +4,13 @@
 // simdgroup a row. Both take k turns: every lane offers its best, the best of these is taken, and its lane looks for
 // another. Lanes compare unsigned integers that are ordered as the values are.
 
-constant ushort SIMDGROUPS = 4;
-constant ushort FOURS = 8; // a lane's values, in fours: a piece has 1024
-constant ushort LISTS = 16; // a lane's lists
+constexpr constant ushort SIMDGROUPS = 4;
+constexpr constant ushort FOURS = 8; // a lane's values, in fours: a piece has 1024
+constexpr constant ushort LISTS = 16; // a lane's lists
 
-constant uint TAKEN = 0;     // what is no value, or not any more
-constant uint NOT_A_NUMBER = 1; // below minus infinity
-constant uint NOWHERE = 0xffffffffu;
+constexpr constant uint TAKEN = 0;     // what is no value, or not any more
+constexpr constant uint NOT_A_NUMBER = 1; // below minus infinity
+constexpr constant uint NOWHERE = 0xffffffffu;
 
 // Ordered as the value; minus zero is zero.
 inline uint key_of(float value) {

@@ -1,16 +1,18 @@
-//! Attention of single queries through the encoder, on the CPU, against f64. What a row does not see is NaN, and buffers
+//! Attention of single queries through the encoder, against f64. What a row does not see is NaN, and buffers
 //! end where their contents do.
-#![cfg(not(target_os = "macos"))]
+#![cfg(any(not(target_os = "macos"), feature = "metal"))]
 
 mod common;
 
+use common::Rng;
+#[cfg(not(target_os = "macos"))]
+use common::Shortened;
 use common::attention::{Case, shape};
+use common::gpu::{Check, Gpu};
 use common::kv::write_kv;
-use common::{Rng, Shortened};
 use metal_ext::attention::{Attention, AttentionShape};
 use metal_ext::kv::{KvRow, KvType};
 use metal_ext::{DryRun, Region};
-use msl_cpu::{Check, CpuEncoder};
 
 #[test]
 fn every_head_size_and_type() {
@@ -80,7 +82,7 @@ fn a_row_is_the_same_to_the_bit_alone_and_among_others() {
         let (q, places) = (all.q.clone(), all.rows.clone());
         for row in 0..rows.len() {
             (all.q, all.rows) = (q[row * width..][..width].to_vec(), vec![places[row]]);
-            let alone = all.encode(&mut CpuEncoder::new(Check::Accesses)).unwrap();
+            let alone = all.encode(&mut Gpu::new(Check::Accesses)).unwrap();
             assert_eq!(alone, together[row * width..][..width], "{kv_type:?}, row {row}");
         }
     }
@@ -132,6 +134,7 @@ fn extreme_scores_and_scales_stay_what_they_are() {
     }
 }
 
+#[cfg(not(target_os = "macos"))] // a GPU does not tell
 #[test]
 fn a_dispatch_names_no_byte_more_than_the_kernel_touches() {
     for kv_type in KvType::ALL {

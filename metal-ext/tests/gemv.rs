@@ -1,16 +1,18 @@
-//! The matrix-vector kernels through the encoder, on the CPU, against f64: every format, shapes off the tiles, one to
+//! The matrix-vector kernels through the encoder, against f64: every format, shapes off the tiles, one to
 //! eight rows, everything that is fused, extreme values. The CPU encoder binds exactly the bytes that a dispatch names, so
 //! a kernel that reads or writes one more fails.
-#![cfg(not(target_os = "macos"))]
+#![cfg(any(not(target_os = "macos"), feature = "metal"))]
 
 mod common;
 
-use common::{Rng, Shortened, Weights};
+#[cfg(not(target_os = "macos"))]
+use common::Shortened;
+use common::gpu::{Check, Gpu, GpuBuffer, SLACK};
+use common::{Rng, Weights};
 use half::f16;
 use metal_ext::gemv::{Finish, Gate, Gemv, Norm, PackedMatrix};
 use metal_ext::pack::{Format, MatrixLayout};
 use metal_ext::{ColumnsPerThreadgroup, DryRun, Region};
-use msl_cpu::{Check, CpuBuffer, CpuEncoder};
 
 const EPS: f32 = 1e-5;
 
@@ -111,14 +113,14 @@ impl Case {
                 bytes.extend(std::iter::repeat_n(0xff, (stride - width) * 4));
             }
             bytes.truncate(self.lead + ((self.rows - 1) * stride + width) * 4);
-            CpuBuffer::from_bytes(&bytes)
+            GpuBuffer::from_bytes(&bytes)
         };
         let x = spread(&self.x, k, stride_x);
         let nothing = vec![f32::NAN; self.rows * n];
         let y = spread(if self.before.is_empty() { &nothing } else { &self.before }, n, stride_y);
-        let gamma = self.gamma.as_deref().map(CpuBuffer::from_floats);
-        let bias = self.bias.as_deref().map(CpuBuffer::from_floats);
-        let matrices: Vec<PackedMatrix<CpuBuffer>> = self.weights.iter().map(Weights::packed).collect();
+        let gamma = self.gamma.as_deref().map(GpuBuffer::from_floats);
+        let bias = self.bias.as_deref().map(GpuBuffer::from_floats);
+        let matrices: Vec<PackedMatrix<GpuBuffer>> = self.weights.iter().map(Weights::packed).collect();
         let gemv = Gemv {
             matrices: &matrices,
             x: Region::at(&x, self.lead),
@@ -130,7 +132,7 @@ impl Case {
             bias: bias.as_ref().map(|bias| Region::at(bias, 0)),
             finish: self.finish,
         };
-        gemv.encode(&mut CpuEncoder::new(check), columns).unwrap();
+        gemv.encode(&mut Gpu::new(check), columns).unwrap();
         let out = y.bytes();
         assert_eq!(out[..self.lead], vec![0xff; self.lead], "what lies before y was written");
         let floats: Vec<f32> =
@@ -148,7 +150,7 @@ impl Case {
         for (i, ((g, w), bound)) in got.iter().zip(&want).zip(&bounds).enumerate() {
             let off = (f64::from(*g) - w).abs();
             assert!(
-                off <= 2e-6 * (bound + w.abs()),
+                off <= SLACK * 2e-6 * (bound + w.abs()),
                 "{what}: value {i} is {g}, expected {w}, off by {off:e} of {bound}"
             );
         }
@@ -290,13 +292,23 @@ fn a_row_is_the_same_alone_and_among_others() {
     all.rows = 1;
     for row in 0..8 {
         all.x = x[row * 96..][..96].to_vec();
-        assert_eq!(all.run(Check::Fast, ColumnsPerThreadgroup::Four), together[row * 6..][..6], "row {row}");
+        let alone = all.run(Check::Fast, ColumnsPerThreadgroup::Four);
+        // A GPU's compiler may order the sums of another kernel differently.
+        match cfg!(target_os = "macos") {
+            true => common::close(
+                &alone,
+                &together[row * 6..][..6].iter().map(|&v| v.into()).collect::<Vec<_>>(),
+                1e-6,
+                "row",
+            ),
+            false => assert_eq!(alone, together[row * 6..][..6], "row {row}"),
+        }
     }
 }
 
 /// Dispatches one matrix of 4 by 64 with this x and y.
-fn dispatch(format: Format, x: Region<'_, CpuBuffer>, rows: usize, stride_x: usize) -> metal_ext::Result<()> {
-    let (weights, y) = (Weights::random(&mut Rng(1), format, 4, 64), CpuBuffer::new(8 * 4 * 4));
+fn dispatch(format: Format, x: Region<'_, GpuBuffer>, rows: usize, stride_x: usize) -> metal_ext::Result<()> {
+    let (weights, y) = (Weights::random(&mut Rng(1), format, 4, 64), GpuBuffer::new(8 * 4 * 4));
     let gemv = Gemv {
         matrices: &[weights.packed()],
         x,
@@ -308,12 +320,12 @@ fn dispatch(format: Format, x: Region<'_, CpuBuffer>, rows: usize, stride_x: usi
         bias: None,
         finish: Finish::Store,
     };
-    gemv.encode(&mut CpuEncoder::new(Check::Accesses), ColumnsPerThreadgroup::Two)
+    gemv.encode(&mut Gpu::new(Check::Accesses), ColumnsPerThreadgroup::Two)
 }
 
 #[test]
 fn what_the_kernels_do_not_take_is_refused_by_name_and_value() {
-    let x = CpuBuffer::new(64 * 4 * 9);
+    let x = GpuBuffer::new(64 * 4 * 9);
     for (offset, rows, stride, message) in [
         (4, 1, 64, "gemv: x begins at byte 4, expected a multiple of 16"),
         (0, 9, 64, "gemv: 9 rows, expected 1 to 8"),
@@ -327,19 +339,20 @@ fn what_the_kernels_do_not_take_is_refused_by_name_and_value() {
     let error = ColumnsPerThreadgroup::try_from(3).unwrap_err().to_string();
     assert_eq!(error, "columns per threadgroup: 3 is none of 2, 4 and 8");
     // A buffer that is one float short is an error of the dispatch, not a read past its end.
-    let short = CpuBuffer::new(63 * 4);
+    let short = GpuBuffer::new(63 * 4);
     let error = dispatch(Format::Q8_0, Region::at(&short, 0), 1, 64).unwrap_err().to_string();
     assert!(error.contains("bytes 0..256 of a buffer of 252 are bound"), "{error}");
 }
 
+#[cfg(not(target_os = "macos"))] // a GPU does not tell
 #[test]
 fn a_dispatch_names_no_byte_more_than_the_kernel_touches() {
     for format in Format::ALL {
         let mut rng = Rng(4);
         let k = widths(format)[0].next_multiple_of(8); // no padding, which nobody would read
         let weights = Weights::random(&mut rng, format, 4, k);
-        let (x, y) = (CpuBuffer::from_floats(&rng.floats(k)), CpuBuffer::new(4 * 4));
-        let (gamma, bias) = (CpuBuffer::from_floats(&rng.floats(k)), CpuBuffer::from_floats(&rng.floats(4)));
+        let (x, y) = (GpuBuffer::from_floats(&rng.floats(k)), GpuBuffer::new(4 * 4));
+        let (gamma, bias) = (GpuBuffer::from_floats(&rng.floats(k)), GpuBuffer::from_floats(&rng.floats(4)));
         let gemv = Gemv {
             matrices: &[weights.packed()],
             x: Region::at(&x, 0),

@@ -1,13 +1,13 @@
 //! The norm of a branch and its addition, through the encoder, against f64.
-#![cfg(not(target_os = "macos"))]
+#![cfg(any(not(target_os = "macos"), feature = "metal"))]
 
 mod common;
 
+use common::gpu::{Check, Gpu, GpuBuffer};
 use common::{Rng, close};
 use metal_ext::Region;
 use metal_ext::gemv::Norm;
 use metal_ext::norm_add::NormAdd;
-use msl_cpu::{Check, CpuBuffer, CpuEncoder};
 
 #[test]
 fn a_normalised_branch_is_added() {
@@ -16,8 +16,8 @@ fn a_normalised_branch_is_added() {
         let stride = width + gap;
         let (branch, y) = (rng.floats(rows * stride), rng.floats(rows * stride));
         let gamma = rng.floats(width);
-        let (from, to) = (CpuBuffer::from_floats(&branch), CpuBuffer::from_floats(&y));
-        let weight = CpuBuffer::from_floats(&gamma);
+        let (from, to) = (GpuBuffer::from_floats(&branch), GpuBuffer::from_floats(&y));
+        let weight = GpuBuffer::from_floats(&gamma);
         let add = NormAdd {
             branch: Region::at(&from, 0),
             stride_branch: stride,
@@ -28,7 +28,7 @@ fn a_normalised_branch_is_added() {
             norm: Norm { gamma: Region::at(&weight, 0), eps: 1e-6 },
             multiplier: 0.5,
         };
-        add.encode(&mut CpuEncoder::new(Check::AllOrders)).unwrap();
+        add.encode(&mut Gpu::new(Check::AllOrders)).unwrap();
         let mut want: Vec<f64> = y.iter().map(|&v| f64::from(v)).collect();
         for row in 0..rows {
             let from: Vec<f64> = branch[row * stride..][..width].iter().map(|&v| f64::from(v)).collect();

@@ -1,16 +1,18 @@
-//! Norms of q and k, RoPE and the KV cache through the encoder, on the CPU, against f64: both pairings, partial rotation,
+//! Norms of q and k, RoPE and the KV cache through the encoder, against f64: both pairings, partial rotation,
 //! both norms, both types, rows of several sequences in one region. Buffers end where their contents do.
-#![cfg(not(target_os = "macos"))]
+#![cfg(any(not(target_os = "macos"), feature = "metal"))]
 
 mod common;
 
+use common::Rng;
+#[cfg(not(target_os = "macos"))]
+use common::Shortened;
+use common::gpu::{Check, Gpu, GpuBuffer};
 use common::kv::{poisoned, read_kv};
-use common::{Rng, Shortened};
 use half::f16;
 use metal_ext::kv::{KvRow, KvShape, KvType};
 use metal_ext::rope_kv::{Angles, NormOver, Pairing, QkNorm, Rope, RopeKv};
 use metal_ext::{DryRun, Region};
-use msl_cpu::{Check, CpuBuffer, CpuEncoder};
 
 const EPS: f32 = 1e-5;
 
@@ -33,8 +35,8 @@ struct Case {
 /// What came out: q, and the regions of keys and values.
 struct Out {
     q: Vec<f32>,
-    keys: CpuBuffer,
-    values: CpuBuffer,
+    keys: GpuBuffer,
+    values: GpuBuffer,
 }
 
 impl Case {
@@ -62,20 +64,20 @@ impl Case {
     }
 
     /// Calls `then` with the dispatch's host side over buffers of exactly the sizes needed.
-    fn with(&self, then: impl FnOnce(&RopeKv<'_, CpuBuffer>)) -> Out {
+    fn with(&self, then: impl FnOnce(&RopeKv<'_, GpuBuffer>)) -> Out {
         let (width, q_width) = (self.width(), self.heads * self.shape.head_dim);
         let stride = width + self.gap;
         let mut spread = vec![f32::NAN; (self.rows.len() - 1) * stride + width];
         for (row, values) in self.qkv.chunks(width).enumerate() {
             spread[row * stride..][..width].copy_from_slice(values);
         }
-        let qkv = CpuBuffer::from_floats(&spread);
-        let q = CpuBuffer::new(((self.rows.len() - 1) * (q_width + self.gap) + q_width) * 4);
+        let qkv = GpuBuffer::from_floats(&spread);
+        let q = GpuBuffer::new(((self.rows.len() - 1) * (q_width + self.gap) + q_width) * 4);
         let end = self.rows.iter().map(|row| row.offset + self.shape.bytes(row.capacity)).max().unwrap();
-        let (keys, values) = (CpuBuffer::new(end), CpuBuffer::new(end));
+        let (keys, values) = (GpuBuffer::new(end), GpuBuffer::new(end));
         let gammas = |gamma: &[f32], over: NormOver| match over {
-            NormOver::Head => CpuBuffer::from_floats(&gamma[..self.shape.head_dim]),
-            NormOver::Projection => CpuBuffer::from_floats(gamma),
+            NormOver::Head => GpuBuffer::from_floats(&gamma[..self.shape.head_dim]),
+            NormOver::Projection => GpuBuffer::from_floats(gamma),
         };
         let gamma = self.norm.map(|over| (gammas(&self.gamma_q, over), gammas(&self.gamma_k, over), over));
         let tables = self.rope.map(|(rotary_dim, pairing, angles)| {
@@ -83,7 +85,7 @@ impl Case {
                 Angles::OfRow => self.rows.len(),
                 Angles::OfPosition => self.rows.iter().map(|row| row.position).max().unwrap() + 1,
             };
-            let table = |values: &[f32]| CpuBuffer::from_floats(&values[..rows * rotary_dim / 2]);
+            let table = |values: &[f32]| GpuBuffer::from_floats(&values[..rows * rotary_dim / 2]);
             (table(&self.cos), table(&self.sin), rotary_dim, pairing, angles)
         });
         then(&RopeKv {
@@ -115,7 +117,7 @@ impl Case {
     }
 
     fn run(&self, check: Check) -> Out {
-        self.with(|rope_kv| rope_kv.encode(&mut CpuEncoder::new(check)).unwrap())
+        self.with(|rope_kv| rope_kv.encode(&mut Gpu::new(check)).unwrap())
     }
 
     /// Head `index` of a row, counted through q, k and v, as f64 says it leaves the kernel.
@@ -293,6 +295,7 @@ fn zeros_and_extreme_values_are_kept() {
     assert!(keys.iter().all(|&v| (v - f64::from(denormal) * 100.0).abs() < 1e-12), "{keys:?}");
 }
 
+#[cfg(not(target_os = "macos"))] // a GPU does not tell
 #[test]
 fn a_dispatch_names_no_byte_more_than_the_kernel_touches() {
     for kv_type in KvType::ALL {
@@ -379,7 +382,7 @@ fn what_the_kernels_do_not_take_is_refused_by_name_and_value() {
 }
 
 /// The same dispatch, with so many values rotated.
-fn copied<'a>(from: &RopeKv<'a, CpuBuffer>, rotary_dim: Option<usize>) -> RopeKv<'a, CpuBuffer> {
+fn copied<'a>(from: &RopeKv<'a, GpuBuffer>, rotary_dim: Option<usize>) -> RopeKv<'a, GpuBuffer> {
     let rope = from.rope.as_ref().zip(rotary_dim);
     RopeKv { norm: None, rope: rope.map(|(rope, rotary_dim)| Rope { rotary_dim, ..*rope }), ..*from }
 }

@@ -1,15 +1,17 @@
-//! Softmax by itself through the encoder, on the CPU, against f64.
-#![cfg(not(target_os = "macos"))]
+//! Softmax by itself through the encoder, against f64.
+#![cfg(any(not(target_os = "macos"), feature = "metal"))]
 
 mod common;
 
-use common::{Rng, Shortened};
+use common::Rng;
+#[cfg(not(target_os = "macos"))]
+use common::Shortened;
+use common::gpu::{Check, Gpu, GpuBuffer};
 use metal_ext::softmax::Softmax;
 use metal_ext::{Encoder, Region};
-use msl_cpu::{Check, CpuBuffer, CpuEncoder};
 
 fn run(
-    encoder: &mut impl Encoder<Buffer = CpuBuffer>,
+    encoder: &mut impl Encoder<Buffer = GpuBuffer>,
     x: &[f32],
     rows: usize,
     gap: usize,
@@ -21,7 +23,7 @@ fn run(
     for (row, values) in x.chunks(width).enumerate() {
         spread[row * stride..][..width].copy_from_slice(values);
     }
-    let (from, to) = (CpuBuffer::from_floats(&spread), CpuBuffer::new(spread.len() * 4));
+    let (from, to) = (GpuBuffer::from_floats(&spread), GpuBuffer::new(spread.len() * 4));
     let softmax = Softmax {
         x: Region::at(&from, 0),
         stride_x: stride,
@@ -39,7 +41,7 @@ fn run(
 
 /// Runs in all thread orders and compares, value by value: of a weight, some millionths may be lost.
 fn check(x: &[f32], rows: usize, gap: usize, scale: f32, what: &str) {
-    let got = run(&mut CpuEncoder::new(Check::AllOrders), x, rows, gap, scale).unwrap();
+    let got = run(&mut Gpu::new(Check::AllOrders), x, rows, gap, scale).unwrap();
     for (row, (got, x)) in got.chunks(x.len() / rows).zip(x.chunks(x.len() / rows)).enumerate() {
         let scaled: Vec<f64> = x.iter().map(|&v| f64::from(v * scale)).collect();
         let most = scaled.iter().fold(f64::NEG_INFINITY, |a, &b| a.max(b));
@@ -78,10 +80,11 @@ fn extreme_values_stay_what_they_are() {
     x.fill(1e-45);
     check(&x, 1, 0, 1.0, "denormals");
     x.fill(f32::NEG_INFINITY);
-    let got = run(&mut CpuEncoder::new(Check::AllOrders), &x, 1, 0, 1.0).unwrap();
+    let got = run(&mut Gpu::new(Check::AllOrders), &x, 1, 0, 1.0).unwrap();
     assert!(got.iter().all(|v| v.is_nan()));
 }
 
+#[cfg(not(target_os = "macos"))] // a GPU does not tell
 #[test]
 fn a_dispatch_names_no_byte_more_than_the_kernel_touches() {
     for (index, what) in [(0, "x"), (1, "y")] {

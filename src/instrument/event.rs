@@ -293,7 +293,7 @@ pub enum StepOutcome {
     Computed,
     /// All its requests had ended before; stages may have passed it by.
     Unwanted,
-    /// A stage failed or died.
+    /// A stage failed or died, or the executor was stopped meanwhile.
     Failed,
 }
 

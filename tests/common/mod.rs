@@ -1,6 +1,8 @@
 //! What several test binaries need.
 #![allow(dead_code)] // each binary uses a part
 
+pub mod stages;
+
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};

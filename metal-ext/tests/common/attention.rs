@@ -1,11 +1,11 @@
 //! An attention dispatch over KV caches of exactly their size, and what f64 says it gives.
 
 use super::Rng;
+use super::gpu::{Check, Gpu, GpuBuffer};
 use super::kv::{read_kv, write_kv};
 use metal_ext::attention::{Attention, AttentionShape};
 use metal_ext::kv::{KvRow, KvShape, KvType};
 use metal_ext::{Encoder, Region};
-use msl_cpu::{Check, CpuBuffer, CpuEncoder};
 
 /// Rows, each of a sequence of its own unless their offsets are equal.
 pub struct Case {
@@ -71,17 +71,17 @@ impl Case {
     }
 
     /// Dispatches through the encoder and returns rows of results.
-    pub fn encode(&self, encoder: &mut impl Encoder<Buffer = CpuBuffer>) -> metal_ext::Result<Vec<f32>> {
+    pub fn encode(&self, encoder: &mut impl Encoder<Buffer = GpuBuffer>) -> metal_ext::Result<Vec<f32>> {
         let (width, stride) = (self.width(), self.width() + self.gap);
         let len = (self.rows.len() - 1) * stride + width;
         let mut spread = vec![f32::NAN; len];
         for (row, q) in self.q.chunks(width).enumerate() {
             spread[row * stride..][..width].copy_from_slice(q);
         }
-        let (q, y) = (CpuBuffer::from_floats(&spread), CpuBuffer::new(len * 4));
-        let (keys, values) = (CpuBuffer::from_bytes(&self.keys), CpuBuffer::from_bytes(&self.values));
+        let (q, y) = (GpuBuffer::from_floats(&spread), GpuBuffer::new(len * 4));
+        let (keys, values) = (GpuBuffer::from_bytes(&self.keys), GpuBuffer::from_bytes(&self.values));
         let capacity = self.rows.iter().map(|row| row.capacity).max().unwrap();
-        let scratch = CpuBuffer::new(self.shape.scratch_bytes(self.rows.len(), capacity));
+        let scratch = GpuBuffer::new(self.shape.scratch_bytes(self.rows.len(), capacity));
         let attention = Attention {
             shape: self.shape,
             q: Region::at(&q, 0),
@@ -148,7 +148,7 @@ impl Case {
 
     /// Runs and compares.
     pub fn check(&self, check: Check, what: &str) -> Vec<f32> {
-        let got = self.encode(&mut CpuEncoder::new(check)).unwrap_or_else(|e| panic!("{what}: {e}"));
+        let got = self.encode(&mut Gpu::new(check)).unwrap_or_else(|e| panic!("{what}: {e}"));
         if let Some(difference) = self.differs(&got, 2e-5) {
             panic!("{what}: {difference}");
         }

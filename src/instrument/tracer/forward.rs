@@ -35,6 +35,8 @@ pub(super) struct Open {
     pub stages: usize,
     /// Whether anything was wrong, kept or not.
     pub anomalous: bool,
+    /// What was traced of it has made way. It still counts.
+    forgotten: bool,
 }
 
 /// What an entry takes beside the forward pass itself: pointers and counts of the containers.
@@ -75,7 +77,7 @@ fn growth<T>(items: &Vec<T>) -> usize {
 }
 
 /// Steps that may be under way at once. More of them means that their ends were not heard of.
-const MOST_OPEN: usize = 256;
+const MOST_OPEN: usize = 64;
 
 /// Forward passes under way, and the latest of those that are over.
 #[derive(Debug, Default)]
@@ -124,8 +126,11 @@ impl Forwards {
     /// The forward pass of a step, begun if it is not under way. `None` when there is no room.
     pub fn at(&mut self, step: u64, max_bytes: usize) -> Option<&mut Open> {
         if !self.open.contains_key(&step) {
-            while self.open.len() >= MOST_OPEN {
-                self.forget_oldest_open(step);
+            while self.open.len() >= MOST_OPEN
+                && let Some((_, oldest)) = self.open.pop_first()
+            {
+                self.bytes -= oldest.trace.bytes();
+                self.evicted += u64::from(!oldest.forgotten);
             }
             let trace = ForwardTrace { step, ..ForwardTrace::default() };
             let bytes = trace.bytes();
@@ -150,6 +155,10 @@ impl Forwards {
         max_bytes: usize,
     ) {
         let Some(open) = self.at(step, max_bytes) else { return };
+        if open.forgotten {
+            self.refused += 1;
+            return;
+        }
         let more = growth(list(&mut open.trace));
         let bytes = more * size_of::<T>() + inner;
         if !self.make_room(bytes, step, max_bytes) {
@@ -165,18 +174,20 @@ impl Forwards {
         }
     }
 
-    /// The step is over: it is kept with the others. `None` when it was not under way.
+    /// The step is over: it is kept with the others, unless it has made way. `None` when it was not under way.
     pub fn end(&mut self, step: u64, complete: bool) -> Option<Arc<ForwardTrace>> {
-        let mut forward = self.open.remove(&step)?.trace;
-        self.bytes -= forward.bytes();
-        forward.complete = complete;
-        forward.shrink();
-        forward.layers.sort_by_key(|layer| layer.layer);
-        forward.anomalies.sort_by_key(|anomaly| (anomaly.layer, anomaly.place));
-        self.bytes += forward.bytes();
-        let forward = Arc::new(forward);
-        self.ended.push_back(forward.clone());
-        Some(forward)
+        let Open { mut trace, forgotten, .. } = self.open.remove(&step)?;
+        self.bytes -= trace.bytes();
+        trace.complete = complete;
+        trace.shrink();
+        trace.layers.sort_by_key(|layer| layer.layer);
+        trace.anomalies.sort_by_key(|anomaly| (anomaly.layer, anomaly.place));
+        let trace = Arc::new(trace);
+        if !forgotten {
+            self.bytes += trace.bytes();
+            self.ended.push_back(trace.clone());
+        }
+        Some(trace)
     }
 
     /// Whether `bytes` more fit, once older steps than `step` have made way.
@@ -192,11 +203,16 @@ impl Forwards {
         true
     }
 
-    /// Forgets the oldest step under way that is not `step`; false when there is none.
+    /// Forgets what was traced of the oldest step under way that is not `step`; false when there is none.
     fn forget_oldest_open(&mut self, step: u64) -> bool {
-        let oldest = self.open.keys().copied().find(|other| *other != step);
-        let Some(open) = oldest.and_then(|oldest| self.open.remove(&oldest)) else { return false };
+        let Some((&oldest, open)) = self.open.iter_mut().find(|(other, open)| **other != step && !open.forgotten)
+        else {
+            return false;
+        };
         self.bytes -= open.trace.bytes();
+        open.trace = ForwardTrace { step: oldest, ..ForwardTrace::default() };
+        open.forgotten = true;
+        self.bytes += open.trace.bytes();
         self.evicted += 1;
         true
     }

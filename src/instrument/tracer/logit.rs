@@ -71,18 +71,19 @@ fn tracked(layer: &LensLayer, token: u32) -> Option<&TokenRank> {
     layer.tracked.iter().find(|tracked| tracked.token == token)
 }
 
-/// The layer after which a token's rank differs most from its rank after the layer before, up or down; the earliest of
-/// equals.
+/// The layer after which a token's rank differs most from its rank after the layer before, up or down. Of equal changes a
+/// rise counts before a fall, and then the earliest.
 ///
 /// The first layer has none before it and decides nothing. `None` where the rank never changes: then the first layer's
 /// input had decided, or the token was out of sight all the way.
 pub fn decisive(layers: &[LensLayer], token: u32) -> Option<Decisive> {
     let mut best: Option<Decisive> = None;
+    let weight = |found: &Decisive| (found.from.abs_diff(found.to), found.to < found.from);
     for pair in layers.windows(2) {
         let (Some(before), Some(after)) = (tracked(&pair[0], token), tracked(&pair[1], token)) else { continue };
-        let change = before.rank.abs_diff(after.rank);
-        if change > best.map_or(0, |best| best.from.abs_diff(best.to)) {
-            best = Some(Decisive { token, layer: pair[1].layer, from: before.rank, to: after.rank });
+        let found = Decisive { token, layer: pair[1].layer, from: before.rank, to: after.rank };
+        if weight(&found) > best.as_ref().map_or((0, true), weight) {
+            best = Some(found);
         }
     }
     best
@@ -111,6 +112,7 @@ mod tests {
         assert_eq!(layer(&[90, 40, 4, 0]), Some((11, 90, 40)));
         assert_eq!(layer(&[9, 9, 500, 3]), Some((13, 500, 3)));
         assert_eq!(layer(&[3, 700, 650]), Some((11, 3, 700)), "a fall counts as a rise does");
+        assert_eq!(layer(&[0, 9, 0, 9]), Some((12, 9, 0)), "of equals a rise");
         assert_eq!(layer(&[20, 10, 0]), Some((11, 20, 10)), "of equals the earliest");
         assert_eq!(layer(&[0, 0, 0]), None, "nothing was decided after the first layer");
         assert_eq!((layer(&[5]), layer(&[])), (None, None));
@@ -162,9 +164,11 @@ mod tests {
                 };
                 let ranks: Vec<usize> = logits.iter().map(rank).collect();
                 prop_assert_eq!(trace.ranks(token).map(|(_, rank)| rank.unwrap()).collect::<Vec<_>>(), ranks.clone());
-                let changes: Vec<usize> = ranks.windows(2).map(|pair| pair[0].abs_diff(pair[1])).collect();
-                let largest = changes.iter().copied().max().unwrap();
-                let expected = (largest > 0).then(|| 1 + changes.iter().position(|&change| change == largest).unwrap());
+                // Of all changes in the order of their size, rises before falls, the first.
+                let mut changes: Vec<(usize, usize, usize)> =
+                    ranks.windows(2).zip(1..).map(|(pair, layer)| (layer, pair[0], pair[1])).collect();
+                changes.sort_by_key(|&(layer, from, to)| (std::cmp::Reverse(from.abs_diff(to)), to > from, layer));
+                let expected = changes.first().filter(|(_, from, to)| from != to).map(|(layer, ..)| *layer);
                 let found = trace.decisive.iter().find(|found| found.token == token).map(|found| found.layer);
                 prop_assert_eq!(found, expected);
             }

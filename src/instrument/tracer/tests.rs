@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use super::activation::tests::layer;
 use super::activation::{AnomalyKind, Place};
 use super::*;
-use crate::instrument::{ModelFacts, StageFacts, TokenRank};
+use crate::instrument::{AttentionFilter, ModelFacts, StageFacts, TokenRank};
 
 fn sound(index: usize) -> LayerActivations {
     layer(index, Place::Input, &[-1.0, 2.0])
@@ -81,6 +81,11 @@ fn presets_ask_the_forward_pass_for_what_they_say() {
     assert!(interest.phases.is_none() && !interest.synchronise);
     let full = ModelTracerConfig::full();
     assert!(full.quant_error && full.logits && full.attention.is_some());
+    assert_eq!(full.interest().attention, Some(AttentionFilter::default()), "all heads");
+    let attention = AttentionTraceConfig { layers: Some(vec![2]), heads: Some(vec![0, 3]), ..Default::default() };
+    let filtered = ModelTracerConfig { attention: Some(attention), ..full.clone() };
+    let wanted = AttentionFilter { layers: Some(vec![2]), heads: Some(vec![0, 3]) };
+    assert_eq!(filtered.interest().attention, Some(wanted), "others are not computed");
     let named = ModelTracerConfig { tracked_tokens: Some(vec![4, 9]), ..full };
     assert_eq!(named.interest().lens, Some(LensInterest { tokens: vec![4, 9], top_k: 5 }));
 }
@@ -354,4 +359,27 @@ fn a_long_run_keeps_the_latest_and_counts_them_all() {
     assert!(kept > 5 && kept as u64 + snapshot.evicted_forwards == 5000, "{kept} kept");
     assert_eq!(snapshot.forwards.last().unwrap().step, 4999);
     assert!(snapshot.refused_traces == 0 && snapshot.held_bytes > LEAST_BYTES / 2);
+}
+
+#[test]
+fn steps_under_way_that_make_way_for_each_other_still_count() {
+    let config = ModelTracerConfig { max_bytes: LEAST_BYTES, ..ModelTracerConfig::full() };
+    let mut tracer = ModelTracer::new(config).unwrap();
+    for step in 0..3 {
+        tracer.begin_forward(step, vec![slice(1)]);
+    }
+    // Any one of them nearly fills the room.
+    for step in 0..3 {
+        (0..100).for_each(|index| tracer.record_layer(step, if index == 50 { broken(index) } else { sound(index) }));
+        assert!(tracer.held_bytes() <= LEAST_BYTES);
+    }
+    tracer.record_layer(0, broken(100)); // too late for this one
+    for step in 0..3 {
+        tracer.end_forward(step);
+    }
+    let snapshot = tracer.snapshot();
+    assert_eq!((snapshot.summary.total_forwards, snapshot.summary.anomalies_detected), (3, 3));
+    assert_eq!((snapshot.forwards.len(), snapshot.evicted_forwards), (1, 2));
+    assert_eq!((snapshot.forwards[0].step, snapshot.forwards[0].layers.len()), (2, 100));
+    assert!(snapshot.refused_traces >= 1);
 }

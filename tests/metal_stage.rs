@@ -1,0 +1,83 @@
+//! A Metal stage on a real GPU against the CPU backend: the fused path, candle's, and the change from one to the other.
+#![cfg(all(feature = "metal", target_os = "macos"))]
+
+mod common;
+
+use std::sync::Arc;
+
+use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource};
+use candle_pipeline::instrument::Watch;
+use candle_pipeline::{DeviceSpec, MetalExtOptions};
+use common::stages::{Widened, best, largest_difference, source_of, step};
+
+const CPU: DeviceSpec = DeviceSpec::Cpu { threads: Some(1) };
+const GPU: DeviceSpec = DeviceSpec::Metal(0);
+
+/// The whole demo model on the GPU, decoding with the fused kernels or with candle's.
+fn on_gpu(file: &str, fused: bool) -> Box<dyn StageBackend> {
+    let source = source_of(GPU, file);
+    let metal = MetalExtOptions { fused, ..source.metal };
+    StageSource { metal, ..source }.load(&|_| {}).unwrap()
+}
+
+/// The same on the CPU, with inputs that are not rounded.
+fn on_cpu(file: &str) -> Box<dyn StageBackend> {
+    let source = source_of(CPU, file);
+    StageSource { weights: Arc::new(Widened::new(source.weights.clone())), ..source }.load(&|_| {}).unwrap()
+}
+
+fn prefill(backend: &mut dyn StageBackend, id: SequenceId, tokens: &[u32]) -> Vec<f32> {
+    let len = tokens.len();
+    let slice = SequenceSlice { id, position: 0, len, length: len, logits: true };
+    match backend
+        .forward(&MicroBatch { slices: vec![slice], tokens: tokens.to_vec() }, None, &mut Watch::off())
+        .unwrap()
+    {
+        StageOutput::Logits(mut logits) => logits.remove(0),
+        StageOutput::Activations(_) => unreachable!("a whole model returns logits"),
+    }
+}
+
+#[test]
+fn both_paths_agree_with_the_cpu_for_a_whole_story() {
+    for file in ["", "demo-q8_0.gguf", "demo-q4_0.gguf"] {
+        for fused in [true, false] {
+            let (mut gpu, mut cpu) = (on_gpu(file, fused), on_cpu(file));
+            let id = SequenceId(1);
+            gpu.open(id, 300).unwrap();
+            cpu.open(id, 300).unwrap();
+            // A prompt long enough for a matrix-matrix product, then decode steps.
+            let prompt: Vec<u32> = [0, 431, 432, 260, 375, 13, 344, 283, 260, 729].to_vec();
+            let (mut got, mut want) = (prefill(&mut *gpu, id, &prompt), prefill(&mut *cpu, id, &prompt));
+            for position in prompt.len()..200 {
+                let off = largest_difference(&got, &want);
+                assert!(off <= 0.1, "{file}, fused {fused}, position {position}: logits differ by {off}");
+                let token = best(&want);
+                (got, want) = (step(&mut *gpu, id, token, position), step(&mut *cpu, id, token, position));
+            }
+        }
+    }
+}
+
+#[test]
+fn sequences_of_one_step_are_what_they_are_alone() {
+    let mut gpu = on_gpu("demo-q8_0.gguf", true);
+    let rows: Vec<(SequenceId, u32)> = (0..8).map(|id| (SequenceId(id), 300 + id as u32)).collect();
+    for (id, _) in &rows {
+        gpu.open(*id, 8).unwrap();
+        step(&mut *gpu, *id, 0, 0);
+    }
+    let slice = |id| SequenceSlice { id, position: 1, len: 1, length: 2, logits: true };
+    let batch = MicroBatch {
+        slices: rows.iter().map(|(id, _)| slice(*id)).collect(),
+        tokens: rows.iter().map(|(_, token)| *token).collect(),
+    };
+    let StageOutput::Logits(together) = gpu.forward(&batch, None, &mut Watch::off()).unwrap() else {
+        unreachable!("a whole model returns logits")
+    };
+    for ((id, token), together) in rows.iter().zip(&together) {
+        // The same position again: the step overwrites what it appended.
+        let alone = step(&mut *gpu, *id, *token, 1);
+        assert!(largest_difference(&alone, together) <= 1e-3);
+    }
+}
