@@ -6,10 +6,10 @@
 //! cargo run --release --example collector_overhead -- --model /tmp/tinyllama-q8_0.gguf --tokens 32
 //! ```
 //!
-//! For each configuration two executors are loaded, one with it and one without, and generate in turns, in random order
-//! within each pair; so a slow spell of the machine falls on both. Where the weights of an executor lie in memory may make
-//! it a little faster or slower for as long as it lives; therefore both are loaded anew some times, in turns too. The first
-//! configuration has nobody listening in either: what it shows is the noise that the others are to be seen against.
+//! For each configuration an executor is loaded and generates in turns with its collectors listening and paused, in random
+//! order within each pair: so a slow spell of the machine falls on both, and the weights lie in the same place. What is in
+//! the queues at the end of a run is worked off before the next; a run is long enough for that to be little. The first
+//! configuration has nobody listening in either run: what it shows is the noise that the others are to be seen against.
 //! Compared are medians of the time of a token, with the interval that 95 of 100 such measurements would give.
 //!
 //! Collectors are installed as in earnest: a queue, and a thread behind it that takes the events out.
@@ -50,10 +50,10 @@ struct Arguments {
     /// Configurations to measure, by name; all when absent.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
-    /// Times that both executors of a configuration are loaded.
-    #[arg(long, default_value_t = 3)]
+    /// Times that the model is loaded for each configuration.
+    #[arg(long, default_value_t = 2)]
     loads: usize,
-    /// Pairs of generations for each load.
+    /// Pairs of runs for each load.
     #[arg(long, default_value_t = 20)]
     pairs: usize,
     /// Tokens of each generation.
@@ -66,6 +66,9 @@ struct Arguments {
     #[arg(long)]
     json: bool,
 }
+
+/// How long a run is at least: many times a queue's interval.
+const RUN: Duration = Duration::from_millis(400);
 
 /// A configuration: its name, and how it is installed, with a folder for files.
 type Configuration = (&'static str, fn(&mut Instruments, &Path) -> Result<()>);
@@ -211,44 +214,47 @@ async fn run() -> Result<()> {
     Ok(())
 }
 
-/// Microseconds of a token (on, off) in pairs of generations.
+/// Microseconds of a token (on, off) in pairs of runs.
 async fn measure(arguments: &Arguments, install: fn(&mut Instruments, &Path) -> Result<()>) -> Result<Vec<(f64, f64)>> {
     let flags = Flags { output_format: OutputFormat::None, ..arguments.flags.clone() };
     let random = &mut ChaCha8Rng::seed_from_u64(1);
     let mut times = Vec::new();
-    for load in 0..arguments.loads {
+    for _ in 0..arguments.loads {
         let folder = tempfile::tempdir()?;
-        let mut watching = Instruments::default();
-        install(&mut watching, folder.path())?;
-        let mut instruments = [watching, Instruments::default()];
-        let mut executors = [None, None];
-        for place in if load % 2 == 0 { [0, 1] } else { [1, 0] } {
-            let executor =
-                flags.load_watched(ExecutorOptions::default(), std::mem::take(&mut instruments[place])).await?;
-            executor.warmup().await?;
-            executors[place] = Some(executor);
-        }
-        let [Some(on), Some(off)] = &executors else { bail!("an executor was not loaded") };
+        let mut instruments = Instruments::default();
+        install(&mut instruments, folder.path())?;
+        let executor = flags.load_watched(ExecutorOptions::default(), instruments).await?;
+        executor.warmup().await?;
         for _ in 0..arguments.pairs {
-            let pair = match random.random() {
-                true => {
-                    let on = token_us(on, arguments).await?;
-                    (on, token_us(off, arguments).await?)
-                }
-                false => {
-                    let off = token_us(off, arguments).await?;
-                    (token_us(on, arguments).await?, off)
-                }
-            };
-            times.push(pair);
+            let first = random.random();
+            let [one, other] =
+                [run_us(&executor, first, arguments).await?, run_us(&executor, !first, arguments).await?];
+            times.push(if first { (one, other) } else { (other, one) });
         }
-        drop(executors); // and what listens, before its files
+        drop(executor); // and what listens, before its files
     }
     Ok(times)
 }
 
-/// Microseconds between two tokens over all streams, behind the first token of each.
-async fn token_us(executor: &HeterogeneousPipelineExecutor, arguments: &Arguments) -> Result<f64> {
+/// Microseconds of a token in generations one after the other.
+async fn run_us(executor: &HeterogeneousPipelineExecutor, on: bool, arguments: &Arguments) -> Result<f64> {
+    if on {
+        executor.probe().resume();
+    } else {
+        executor.probe().pause();
+    }
+    let (began, mut decoding, mut tokens) = (Instant::now(), Duration::ZERO, 0);
+    while tokens == 0 || began.elapsed() < RUN {
+        let (time, count) = generate(executor, arguments).await?;
+        (decoding, tokens) = (decoding + time, tokens + count);
+    }
+    // What is still in the queues is not to fall on the next run.
+    tokio::time::sleep(2 * QueueOptions::default().interval).await;
+    Ok(decoding.as_nanos() as f64 / 1e3 / f64::from(tokens))
+}
+
+/// Tokens of all streams behind the first one, and their time.
+async fn generate(executor: &HeterogeneousPipelineExecutor, arguments: &Arguments) -> Result<(Duration, u32)> {
     let case = Case { prompt: 4, generate: arguments.tokens, sequences: arguments.streams };
     let options = GenerationOptions {
         ignore_eos: true,
@@ -267,5 +273,5 @@ async fn token_us(executor: &HeterogeneousPipelineExecutor, arguments: &Argument
     }
     let begun = begun.filter(|_| tokens > 0);
     let Some(begun) = begun else { bail!("fewer than two tokens came: the context is too short for --tokens") };
-    Ok(begun.elapsed().as_nanos() as f64 / 1e3 / f64::from(tokens))
+    Ok((begun.elapsed(), tokens))
 }

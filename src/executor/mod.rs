@@ -141,6 +141,7 @@ struct Inner {
     stopping: Arc<AtomicBool>,
     next_id: AtomicU64,
     load_time: Duration,
+    probe: Probe,
 }
 
 /// What one generation gave.
@@ -314,8 +315,14 @@ impl HeterogeneousPipelineExecutor {
             stopping,
             next_id: AtomicU64::new(0),
             load_time: began.elapsed(),
+            probe: options.probe,
         };
         Ok(HeterogeneousPipelineExecutor { inner: Arc::new(inner) })
+    }
+
+    /// Where its events go: to [pause](Probe::pause) and resume those who listen.
+    pub fn probe(&self) -> &Probe {
+        &self.inner.probe
     }
 
     /// Runs a prompt and a few tokens through every stage, so that kernels are compiled, packs built and caches touched

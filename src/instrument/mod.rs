@@ -21,6 +21,7 @@ mod watch;
 pub mod tracer;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 pub use event::{
@@ -141,6 +142,7 @@ pub struct Probe(Option<Arc<Listeners>>);
 struct Listeners {
     collectors: Vec<Arc<dyn Collector>>,
     interest: Interest,
+    paused: AtomicBool,
 }
 
 impl std::fmt::Debug for Probe {
@@ -161,7 +163,7 @@ impl Probe {
             return Probe(None);
         }
         let interest = collectors.iter().map(|collector| collector.interest()).fold(Interest::default(), Interest::and);
-        Probe(Some(Arc::new(Listeners { collectors, interest })))
+        Probe(Some(Arc::new(Listeners { collectors, interest, paused: AtomicBool::new(false) })))
     }
 
     /// Sends them to these too, after those that it has.
@@ -171,14 +173,36 @@ impl Probe {
         Probe::to_all(all)
     }
 
-    /// Whether anybody listens.
+    /// Tells nothing until [`resume`](Self::resume), by this probe and all its clones: a running executor is watched for
+    /// as long as one wants to know. Of micro-batches and requests that are under way at either call, a part is told.
+    /// Pause after the executor is built: collectors learn then what the model is.
+    pub fn pause(&self) {
+        self.set_paused(true);
+    }
+
+    /// Tells events again.
+    pub fn resume(&self) {
+        self.set_paused(false);
+    }
+
+    fn set_paused(&self, paused: bool) {
+        if let Some(listeners) = &self.0 {
+            listeners.paused.store(paused, Ordering::Relaxed);
+        }
+    }
+
+    fn listeners(&self) -> Option<&Listeners> {
+        self.0.as_deref().filter(|listeners| !listeners.paused.load(Ordering::Relaxed))
+    }
+
+    /// Whether anybody listens, and is not paused.
     pub fn is_on(&self) -> bool {
-        self.0.is_some()
+        self.listeners().is_some()
     }
 
     /// What those who listen want; `None` when nobody does.
     pub fn interest(&self) -> Option<&Interest> {
-        self.0.as_deref().map(|listeners| &listeners.interest)
+        self.listeners().map(|listeners| &listeners.interest)
     }
 
     /// Builds and sends the event if anybody listens.
@@ -190,7 +214,7 @@ impl Probe {
 
     /// The same for an event whose time is known.
     pub fn emit_at(&self, at: Instant, event: impl FnOnce() -> Event) {
-        if let Some(listeners) = &self.0 {
+        if let Some(listeners) = self.listeners() {
             let record = Arc::new(Record { at, event: event() });
             for collector in &listeners.collectors {
                 collector.record(&record);
@@ -246,5 +270,12 @@ mod tests {
     fn nobody_listening_builds_no_event() {
         Probe::default().emit(|| unreachable!("nobody listens"));
         assert!(!Probe::to_all(Vec::new()).is_on());
+        let probe = Probe::new(Arc::new(Wants(Interest::default())));
+        let clone = probe.clone();
+        clone.pause();
+        probe.emit(|| unreachable!("paused"));
+        assert!(!probe.is_on() && probe.interest().is_none());
+        probe.resume();
+        assert!(clone.is_on() && clone.interest().is_some());
     }
 }

@@ -22,26 +22,22 @@ pub struct TensorStats {
 }
 
 /// Values that are added up side by side, so that the compiler can use vectors.
-const LANES: usize = 8;
+const LANES: usize = 16;
 
 impl TensorStats {
-    /// Looks at all values once.
+    /// Looks at all values once, and once more when some are not finite.
     ///
     /// Sums are kept in f64 of values less the first finite one, so that a small spread around a large mean keeps its
     /// digits.
     pub fn of(values: &[f32]) -> TensorStats {
         let shift = values.iter().copied().find(|x| x.is_finite()).unwrap_or(0.0);
-        let mut lanes = [Sums::default(); LANES];
-        let (chunks, rest) = values.as_chunks::<LANES>();
-        for chunk in chunks {
-            for (sums, &x) in lanes.iter_mut().zip(chunk) {
-                sums.add(x, shift);
-            }
+        let mut all = Sums::of(values, shift, |x| x);
+        // Squares of finite values do not overflow in f64.
+        if !all.squares.is_finite() {
+            all = Sums::of(values, shift, |x| if x.is_finite() { x } else { shift });
+            all.nan = values.iter().filter(|x| x.is_nan()).count() as u64;
+            all.inf = values.iter().filter(|x| x.is_infinite()).count() as u64;
         }
-        for (sums, &x) in lanes.iter_mut().zip(rest) {
-            sums.add(x, shift);
-        }
-        let all = lanes.into_iter().reduce(Sums::merge).unwrap_or_default();
         let finite = (values.len() as u64 - all.nan - all.inf) as f64;
         let shift = f64::from(shift);
         if finite == 0.0 {
@@ -110,7 +106,21 @@ impl TensorStats {
     }
 }
 
-#[derive(Clone, Copy)]
+/// Square root of the sum of squares of `b - a`.
+pub(super) fn distance(a: &[f32], b: &[f32]) -> f64 {
+    let mut lanes = [0.0f64; LANES];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let mut add = |a: &[f32], b: &[f32]| {
+        for ((sum, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
+            let d = f64::from(b) - f64::from(a);
+            *sum += d * d;
+        }
+    };
+    a.iter().zip(b).for_each(|(a, b)| add(a, b));
+    add(a_rest, b_rest);
+    lanes.iter().sum::<f64>().sqrt()
+}
+
 struct Sums {
     min: f32,
     max: f32,
@@ -120,34 +130,33 @@ struct Sums {
     inf: u64,
 }
 
-impl Default for Sums {
-    fn default() -> Self {
-        Sums { min: f32::INFINITY, max: f32::NEG_INFINITY, sum: 0.0, squares: 0.0, nan: 0, inf: 0 }
-    }
-}
-
 impl Sums {
+    /// Of what `keep` makes of the values.
     #[inline(always)]
-    fn add(&mut self, x: f32, shift: f32) {
-        let finite = x.is_finite();
-        self.nan += u64::from(x.is_nan());
-        self.inf += u64::from(x.is_infinite());
-        let kept = if finite { x } else { shift };
-        let d = f64::from(kept) - f64::from(shift);
-        self.sum += d;
-        self.squares += d * d;
-        self.min = self.min.min(kept);
-        self.max = self.max.max(kept);
-    }
-
-    fn merge(self, other: Sums) -> Sums {
+    fn of(values: &[f32], shift: f32, keep: impl Fn(f32) -> f32) -> Sums {
+        let (mut min, mut max) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
+        let (mut sum, mut squares) = ([0.0f64; LANES], [0.0f64; LANES]);
+        let shift = f64::from(shift);
+        let mut add = |values: &[f32]| {
+            for (lane, &x) in values.iter().enumerate() {
+                let x = keep(x);
+                let d = f64::from(x) - shift;
+                sum[lane] += d;
+                squares[lane] += d * d;
+                min[lane] = if x < min[lane] { x } else { min[lane] };
+                max[lane] = if x > max[lane] { x } else { max[lane] };
+            }
+        };
+        let (chunks, rest) = values.as_chunks::<LANES>();
+        chunks.iter().for_each(|chunk| add(chunk));
+        add(rest);
         Sums {
-            min: self.min.min(other.min),
-            max: self.max.max(other.max),
-            sum: self.sum + other.sum,
-            squares: self.squares + other.squares,
-            nan: self.nan + other.nan,
-            inf: self.inf + other.inf,
+            min: min.into_iter().fold(f32::INFINITY, f32::min),
+            max: max.into_iter().fold(f32::NEG_INFINITY, f32::max),
+            sum: sum.iter().sum(),
+            squares: squares.iter().sum(),
+            nan: 0,
+            inf: 0,
         }
     }
 }
@@ -220,6 +229,15 @@ mod tests {
         let values: Vec<f32> = (0..1000).map(|i| 1000.0 + (i % 2) as f32 * 2f32.powi(-10)).collect();
         let stats = TensorStats::of(&values);
         assert!((stats.std - 2f64.powi(-11)).abs() < 1e-12, "{stats:?}");
+    }
+
+    #[test]
+    fn a_distance_is_the_textbooks() {
+        for n in [0, 1, 15, 16, 17, 100] {
+            let (a, b): (Vec<f32>, Vec<f32>) = (0..n).map(|i| ((i as f32).sin(), (i * i) as f32)).unzip();
+            let plain: f64 = a.iter().zip(&b).map(|(a, b)| (f64::from(*b) - f64::from(*a)).powi(2)).sum();
+            assert!((distance(&a, &b) - plain.sqrt()).abs() <= 1e-12 * plain.sqrt(), "{n}");
+        }
     }
 
     #[test]

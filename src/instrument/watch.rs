@@ -3,6 +3,7 @@
 
 use std::time::Instant;
 
+use super::stats::distance;
 use super::{
     AttentionFilter, Event, Interest, Lap, LayerActivations, LensInterest, LensLayer, Phase, Probe, TensorStats,
     TokenRank,
@@ -190,8 +191,7 @@ impl Watch {
     pub fn layer_output(&mut self, layer: usize, x: &[f32]) {
         let Some(activations) = &mut self.activations else { return };
         let nothing = TensorStats::of(&[]);
-        let square = |x: f64| x * x;
-        let added: f64 = activations.input.iter().zip(x).map(|(a, b)| square(f64::from(*b) - f64::from(*a))).sum();
+        let added = distance(&activations.input, x);
         let input = activations.input_stats.take().unwrap_or(nothing);
         let [post_norm, post_attention, post_ffn] =
             std::mem::take(&mut activations.taps).map(|stats| stats.unwrap_or(nothing));
@@ -202,7 +202,7 @@ impl Watch {
             post_attention,
             post_ffn,
             output: TensorStats::of(x),
-            residual_ratio: if input.l2 > 0.0 { added.sqrt() / input.l2 } else { 0.0 },
+            residual_ratio: if input.l2 > 0.0 { added / input.l2 } else { 0.0 },
         });
     }
 

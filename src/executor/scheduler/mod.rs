@@ -541,7 +541,10 @@ impl Scheduler {
         };
         self.steps.insert(step, in_flight);
         let times = StepTimes::sent_now(self.work_since);
-        self.probe.emit_at(times.sent, || Event::StepSent { step, slices: told });
+        // Empty where the probe was resumed just now.
+        if !told.is_empty() {
+            self.probe.emit_at(times.sent, || Event::StepSent { step, slices: told });
+        }
         self.send(StageMessage::Step { step, batch, input: None, cancelled, times, hidden: Vec::new() });
     }
 

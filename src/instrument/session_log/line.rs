@@ -255,8 +255,10 @@ impl<'a> Body<'a> {
     pub fn write(&self, session_id: &str, timestamp: &str, line: &mut Vec<u8>) {
         line.clear();
         let event = self.event();
-        let head = format!(r#"{{"event":"{event}","timestamp":"{timestamp}","session_id":"{session_id}""#);
-        line.extend_from_slice(head.as_bytes());
+        for text in [r#"{"event":""#, event, r#"","timestamp":""#, timestamp, r#"","session_id":""#, session_id, r#"""#]
+        {
+            line.extend_from_slice(text.as_bytes());
+        }
         let body = line.len();
         // Numbers, texts and lists of them always can be written.
         let written = serde_json::to_writer(&mut *line, self);

@@ -25,6 +25,7 @@
 mod line;
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -44,6 +45,9 @@ const LAYERS_EVERY: Duration = Duration::from_millis(100);
 /// Prompt tokens in a line, and bytes of text as JSON has them, so that lines fit a page of the file.
 const TOKENS_IN_LINE: usize = 256;
 const TEXT_IN_LINE: usize = 3000;
+
+/// Length of a time in RFC 3339 down to the second, without the zone.
+const WHOLE_SECONDS: usize = "2026-01-01T00:00:00".len();
 
 /// The least size at which files change: a model's weights and a few steps.
 const LEAST_MAX_BYTES: u64 = 16 * 1024;
@@ -141,19 +145,33 @@ pub struct SessionLog {
     line: Vec<u8>,
 }
 
-/// The time of day of an instant.
+/// The time of day of an instant. Many lines fall within a second, so the text up to it is kept.
 struct Clock {
     instant: Instant,
     time: SystemTime,
+    second: u64,
+    text: String,
 }
 
 impl Clock {
-    fn timestamp(&self, at: Instant) -> String {
+    fn new() -> Clock {
+        Clock { instant: Instant::now(), time: SystemTime::now(), second: u64::MAX, text: String::new() }
+    }
+
+    fn timestamp(&mut self, at: Instant) -> &str {
         let time = match at.checked_duration_since(self.instant) {
             Some(later) => self.time + later,
             None => self.time - self.instant.duration_since(at),
         };
-        humantime::format_rfc3339_micros(time).to_string()
+        let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        if since.as_secs() != self.second {
+            self.second = since.as_secs();
+            self.text = humantime::format_rfc3339_seconds(time).to_string();
+        }
+        self.text.truncate(WHOLE_SECONDS);
+        // A String takes whatever is written.
+        let _ = write!(self.text, ".{:06}Z", since.subsec_micros());
+        &self.text
     }
 }
 
@@ -209,7 +227,7 @@ impl SessionLog {
         if options.max_bytes.is_some() && !options.path.is_file() {
             return Err(Error::file(&options.path, "is no regular file, so `max_bytes` cannot be kept; leave it out"));
         }
-        let clock = Clock { instant: Instant::now(), time: SystemTime::now() };
+        let clock = Clock::new();
         let line = Vec::with_capacity(1024);
         Ok(SessionLog {
             options,
@@ -235,7 +253,7 @@ impl SessionLog {
 
     fn put(&mut self, at: Instant, body: &Body<'_>) {
         let Some(session) = &mut self.session else { return };
-        body.write(&session.id, &self.clock.timestamp(at), &mut self.line);
+        body.write(&session.id, self.clock.timestamp(at), &mut self.line);
         let size = self.file.length() + self.line.len() as u64 + 1;
         let full = self.options.max_bytes.is_some_and(|most| size > most);
         // The first line of a session or file goes with those behind it.
@@ -281,7 +299,7 @@ impl SessionLog {
         session.lines = 0;
         let (facts, part) = (session.facts.clone(), session.part);
         let mut padding = Vec::new();
-        Body::Padding {}.write(&session.id, &self.clock.timestamp(at), &mut padding);
+        Body::Padding {}.write(&session.id, self.clock.timestamp(at), &mut padding);
         self.file.set_filler(padding);
         self.put(at, &Body::session_start(&facts, self.options.level.name(), part));
     }
@@ -593,6 +611,21 @@ mod tests {
         assert_eq!(pieces.concat(), text);
         assert!(pieces.iter().all(|piece| serde_json::to_string(piece).unwrap().len() <= 22), "{pieces:?}");
         assert_eq!(super::pieces("", 20), [""]);
+    }
+
+    #[test]
+    fn times_of_day_are_written_to_the_microsecond_before_and_after_the_log_began() {
+        let mut clock = Clock::new();
+        let began = clock.instant;
+        for micros in [0, 1, 999_999, 1_000_000, 1_000_001, 59_999_999, 86_400_000_000] {
+            let later = Duration::from_micros(micros);
+            let expected = humantime::format_rfc3339_micros(clock.time + later).to_string();
+            assert_eq!(clock.timestamp(began + later), expected);
+        }
+        if let Some(before) = began.checked_sub(Duration::from_millis(1)) {
+            let expected = humantime::format_rfc3339_micros(clock.time - Duration::from_millis(1)).to_string();
+            assert_eq!(clock.timestamp(before), expected);
+        }
     }
 
     #[test]
