@@ -1,8 +1,8 @@
 //! A file of lines that a process killed at any moment leaves whole.
 //!
 //! One `write` a batch is not enough for that: on Linux a kill cuts a write short where it goes from one page of the file
-//! to the next. So no line lies on two pages, and no write either. What a page has left is filled with spaces before the
-//! last line's end, or with a line that says nothing.
+//! to the next. So no line lies on two pages, and wherever a write is cut, a line has ended. What a page has left is filled
+//! with spaces before the last line's end, or with a line that says nothing.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -12,6 +12,9 @@ use crate::error::{Error, Result};
 
 /// Where writes may be cut. Larger pages begin at multiples of it too.
 const PAGE: usize = 4096;
+
+/// Bytes that are written at once when lines come fast. A write costs more than a page in it.
+const BATCH: usize = 16 * PAGE;
 
 /// With less than this left in a page after a write, it is filled: a filler must have room, and most lines.
 const LEAST_ROOM: usize = 512;
@@ -32,9 +35,9 @@ pub struct LineFile {
     file: File,
     /// Bytes that are written.
     length: u64,
-    /// Whole lines of one page that are not.
-    page: Vec<u8>,
-    lines_in_page: u64,
+    /// Whole lines that are not.
+    pending: Vec<u8>,
+    pending_lines: u64,
     /// A line that says nothing, without its end.
     filler: Vec<u8>,
     lost_lines: u64,
@@ -66,8 +69,8 @@ impl LineFile {
             file.set_len(length).map_err(|e| failed("cut to whole lines", e))?;
         }
         let path = path.to_path_buf();
-        let page = Vec::with_capacity(PAGE);
-        Ok(LineFile { path, file, length, page, lines_in_page: 0, filler: Vec::new(), lost_lines: 0, warned: false })
+        let pending = Vec::with_capacity(BATCH);
+        Ok(LineFile { path, file, length, pending, pending_lines: 0, filler: Vec::new(), lost_lines: 0, warned: false })
     }
 
     /// The line that fills what a page has left, without its end.
@@ -77,7 +80,7 @@ impl LineFile {
 
     /// Bytes, with those that are not written yet.
     pub fn length(&self) -> u64 {
-        self.length + self.page.len() as u64
+        self.length + self.pending.len() as u64
     }
 
     /// Lines that could not be written.
@@ -89,26 +92,27 @@ impl LineFile {
     pub fn push(&mut self, line: &[u8]) {
         let needed = line.len() + 1;
         if needed > self.room() {
-            if self.page.is_empty() && self.room() < PAGE {
-                self.page.extend_from_slice(&self.filler);
-                self.page.push(b'\n');
+            if self.pending.is_empty() && self.room() < PAGE {
+                self.pending.extend_from_slice(&self.filler);
+                self.pending.push(b'\n');
             }
             self.fill();
-            self.write();
+            if self.pending.len() >= BATCH {
+                self.write();
+            }
         }
-        self.page.extend_from_slice(line);
-        self.page.push(b'\n');
-        self.lines_in_page += 1;
-        // A line longer than a page goes out alone. Only that it is whole after a kill cannot be promised.
-        if self.page.len() >= PAGE || self.room() == PAGE {
+        self.pending.extend_from_slice(line);
+        self.pending.push(b'\n');
+        self.pending_lines += 1;
+        // Lines behind one longer than a page begin on a page too. Only that it is whole after a kill cannot be promised.
+        if needed > PAGE {
             self.fill();
-            self.write();
         }
     }
 
     /// Writes what there is.
     pub fn flush(&mut self) {
-        if !self.page.is_empty() {
+        if !self.pending.is_empty() {
             if self.room() < LEAST_ROOM {
                 self.fill();
             }
@@ -124,18 +128,18 @@ impl LineFile {
     /// Fills the page with spaces before the last line's end.
     fn fill(&mut self) {
         let room = self.room();
-        if room < PAGE && self.page.pop().is_some() {
-            self.page.resize(self.page.len() + room, b' ');
-            self.page.push(b'\n');
+        if room < PAGE && self.pending.pop().is_some() {
+            self.pending.resize(self.pending.len() + room, b' ');
+            self.pending.push(b'\n');
         }
     }
 
     /// One write, but for a disk that takes a part only.
     fn write(&mut self) {
-        match self.file.write_all(&self.page) {
-            Ok(()) => self.length += self.page.len() as u64,
+        match self.file.write_all(&self.pending) {
+            Ok(()) => self.length += self.pending.len() as u64,
             Err(error) => {
-                self.lost_lines += self.lines_in_page;
+                self.lost_lines += self.pending_lines;
                 // What a full disk took of the page goes again. Not every file can be cut.
                 let _ = self.file.set_len(self.length);
                 if !self.warned {
@@ -144,8 +148,8 @@ impl LineFile {
                 }
             }
         }
-        self.page.clear();
-        self.lines_in_page = 0;
+        self.pending.clear();
+        self.pending_lines = 0;
     }
 }
 
