@@ -1,5 +1,7 @@
 //! Statistics of a run of values in one pass.
 
+use crate::kernels::simd::Isa;
+
 /// What a tensor's values are like. NaN and infinite values are counted and left out of the rest.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
 pub struct TensorStats {
@@ -31,7 +33,7 @@ impl TensorStats {
     /// digits.
     pub fn of(values: &[f32]) -> TensorStats {
         let shift = values.iter().copied().find(|x| x.is_finite()).unwrap_or(0.0);
-        let mut all = Sums::of(values, shift, |x| x);
+        let mut all = Isa::detect().compile(|| Sums::of(values, shift, |x| x));
         // Squares of finite values do not overflow in f64.
         if !all.squares.is_finite() {
             all = Sums::of(values, shift, |x| if x.is_finite() { x } else { shift });

@@ -131,6 +131,26 @@ impl Isa {
     }
 }
 
+impl Isa {
+    /// Runs ordinary code that the compiler may use this instruction set's vectors for.
+    #[inline]
+    pub fn compile<R>(self, code: impl FnOnce() -> R) -> R {
+        // SAFETY: ordinary code has no conditions.
+        unsafe { self.run(Ordinary(code)) }
+    }
+}
+
+struct Ordinary<F>(F);
+
+impl<R, F: FnOnce() -> R> Kernel for Ordinary<F> {
+    type Output = R;
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) -> R {
+        (self.0)()
+    }
+}
+
 impl std::fmt::Display for Isa {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.name())
