@@ -5,27 +5,36 @@
 
 mod common;
 
+use std::cell::Cell;
 use std::sync::Arc;
 
+use candle_core::quantized::GgmlDType;
 use candle_pipeline::backend::fused::{self, FusedBuffers};
 use candle_pipeline::backend::{SequenceId, StageSource};
 use candle_pipeline::model::config::DecoderConfig;
 use candle_pipeline::model::rope::Ropes;
 use candle_pipeline::model::stage_weights::{Build, StageWeights};
-use candle_pipeline::weights::{WeightSource, WeightType};
+use candle_pipeline::weights::{MappedTensor, WeightSource, WeightType};
 use candle_pipeline::{DeviceSpec, Result};
-use common::stages::{Widened, best, largest_difference, source_of, step};
+use common::stages::{Widened, best, largest_difference, source_of, step, write_demo};
 use metal_ext::decode::{self, KvCache, Row, Scratch};
 use metal_ext::dequantise::LookUp;
 use metal_ext::gemv::PackedMatrix;
 use metal_ext::pack::MatrixLayout;
+use metal_ext::window::{BufferRules, Window};
 use metal_ext::{MetalExtOptions, Region};
 use msl_cpu::{Check, CpuBuffer, CpuEncoder};
 
 const CPU: DeviceSpec = DeviceSpec::Cpu { threads: Some(1) };
 
-/// Packs matrices into buffers for the CPU encoder.
-struct CpuBuffers;
+/// Makes matrices for the CPU encoder: packed copies, or the pages of the file around them.
+#[derive(Default)]
+struct CpuBuffers {
+    /// Bytes of a page; `None` copies everything.
+    page: Option<usize>,
+    /// Matrices that were not copied.
+    mapped: Cell<usize>,
+}
 
 impl Build for CpuBuffers {
     type Matrix = decode::Matrix<CpuBuffer>;
@@ -37,6 +46,26 @@ impl Build for CpuBuffers {
         let mut packed = vec![0; layout.bytes];
         layout.pack(bytes, &mut packed).unwrap();
         Ok(Some(decode::Matrix { layout, buffer: CpuBuffer::from_bytes(&packed), offset: 0 }))
+    }
+
+    /// What a GPU would see of the pages, with zeros behind the file's end.
+    fn mapped_matrix(
+        &self,
+        dtype: WeightType,
+        stored: &MappedTensor,
+        n: usize,
+        k: usize,
+    ) -> Result<Option<Self::Matrix>> {
+        let (Some(page), Some(format)) = (self.page, dtype.packed_format()) else { return Ok(None) };
+        let layout = MatrixLayout::new(format, n, k).unwrap();
+        let MappedTensor { file, range } = stored;
+        let rules = BufferRules { page, longest: 1 << 30 };
+        let window = Window::around(&layout, range.clone(), file.as_ptr().addr(), file.len(), rules);
+        let Ok(Window { start, len, offset }) = window else { return Ok(None) };
+        self.mapped.set(self.mapped.get() + 1);
+        let mut pages = file[start..file.len().min(start + len)].to_vec();
+        pages.resize(len, 0);
+        Ok(Some(decode::Matrix { layout, buffer: CpuBuffer::from_bytes(&pages), offset }))
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<Vec<f32>> {
@@ -76,9 +105,18 @@ struct FusedModel {
 
 impl FusedModel {
     fn load(source: &dyn WeightSource, config: &Arc<DecoderConfig>, rows: usize) -> FusedModel {
+        FusedModel::load_with(source, config, rows, &CpuBuffers::default())
+    }
+
+    fn load_with(
+        source: &dyn WeightSource,
+        config: &Arc<DecoderConfig>,
+        rows: usize,
+        buffers: &CpuBuffers,
+    ) -> FusedModel {
         let layers = 0..config.num_hidden_layers;
-        let weights = StageWeights::load(source, config, layers, None, &CpuBuffers, &|_| {}).unwrap();
-        let stage = fused::stage(config, 0, &weights, &CpuBuffers).unwrap();
+        let weights = StageWeights::load(source, config, layers, None, buffers, &|_| {}).unwrap();
+        let stage = fused::stage(config, 0, &weights, buffers).unwrap();
         let bytes = stage.scratch_bytes(rows);
         let scratch = Scratch {
             qkv: CpuBuffer::new(bytes.qkv),
@@ -107,7 +145,11 @@ impl FusedModel {
         let x = CpuBuffer::new(rows.len() * decode::stride(hidden) * 4);
         let tokens: Vec<u32> = rows.iter().map(|(token, ..)| *token).collect();
         LookUp {
-            table: PackedMatrix { layout: self.embeddings.layout, buffer: &self.embeddings.buffer, offset: 0 },
+            table: PackedMatrix {
+                layout: self.embeddings.layout,
+                buffer: &self.embeddings.buffer,
+                offset: self.embeddings.offset,
+            },
             tokens: &tokens,
             multiplier: self.config.embedding_multiplier as f32,
             out: Region::at(&x, 0),
@@ -247,5 +289,44 @@ fn a_step_passes_every_check() {
     for position in 0..3 {
         let rows = [(7, position, kvs[0].as_slice()), (9, position, kvs[1].as_slice())];
         fused.step(Check::AllOrders, &rows);
+    }
+}
+
+#[test]
+fn mapped_bytes_are_those_of_the_tensor_and_outlive_their_source() {
+    for file in ["", "demo-q8_0.gguf"] {
+        let source = source_of(CPU, file);
+        let mapped: Vec<(Vec<u8>, MappedTensor)> = source
+            .weights
+            .names()
+            .iter()
+            .map(|name| (source.weights.tensor(name).unwrap().bytes.to_vec(), source.weights.mapped(name).unwrap()))
+            .collect();
+        assert!(source.weights.mapped("layers.99.q_proj.weight").is_none());
+        drop(source);
+        assert!(mapped.len() > 8 * 9, "{file}: {} tensors", mapped.len());
+        assert!(mapped.iter().all(|(bytes, MappedTensor { file, range })| file[range.clone()] == bytes[..]), "{file}");
+    }
+}
+
+#[test]
+fn weights_read_from_the_pages_of_the_file_are_those_that_are_copied() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("demo.gguf");
+    // Every matrix of the model, the embeddings that the head is tied to once. What kernels read in another order than
+    // the file's is copied all the same.
+    for (dtype, expected) in [(GgmlDType::F16, 8 * 7 + 1), (GgmlDType::Q4K, 8 * 7 + 1), (GgmlDType::Q8_0, 0)] {
+        write_demo(dtype, &path);
+        let source = source_of(CPU, path.to_str().unwrap());
+        let copied = FusedModel::load(&*source.weights, &source.config, 1);
+        let buffers = CpuBuffers { page: Some(4 << 10), ..CpuBuffers::default() };
+        let mapped = FusedModel::load_with(&*source.weights, &source.config, 1, &buffers);
+        assert_eq!(buffers.mapped.get(), expected, "{dtype:?}");
+        let (kv, kv_mapped) = (copied.new_kv(4), mapped.new_kv(4));
+        for (position, token) in [0, 431, 432, 260].into_iter().enumerate() {
+            let want = copied.step(Check::Fast, &[(token, position, &kv)]);
+            let got = mapped.step(Check::Fast, &[(token, position, &kv_mapped)]);
+            assert!(got[0].iter().zip(&want[0]).all(|(a, b)| a.to_bits() == b.to_bits()), "{dtype:?} at {position}");
+        }
     }
 }

@@ -16,8 +16,9 @@
 //! - [`softmax`]: by itself, for prefill.
 //! - [`kv`]: the KV cache. [`rope_kv`]: norms of q and k, RoPE, and what is kept of k and v.
 //! - [`decode`]: a decode step of whole layers out of these.
-//! - [`pack`]: weights from the file's bytes. [`gemv`]: products with all that is fused to them.
-//! - `device`, `metal` (feature `metal` on macOS): GPUs and the encoder over one. The rest builds everywhere.
+//! - [`pack`]: weights from the file's bytes. [`window`]: where they can be read without a copy. [`gemv`]: products with all that is fused to them.
+//! - `device`, `mapped`, `metal` (feature `metal` on macOS): GPUs, buffers over files, and the encoder over one. The rest
+//!   builds everywhere.
 //!
 //! # Conventions
 //!
@@ -38,6 +39,7 @@ mod library;
 pub mod encoder;
 pub mod options;
 pub mod pack;
+pub mod window;
 pub mod gemv;
 pub mod norm_add;
 pub mod dequantise;
@@ -56,6 +58,8 @@ pub mod params {
 
 #[cfg(all(feature = "metal", target_os = "macos"))]
 pub mod device;
+#[cfg(all(feature = "metal", target_os = "macos"))]
+pub mod mapped;
 #[cfg(all(feature = "metal", target_os = "macos"))]
 pub mod metal;
 

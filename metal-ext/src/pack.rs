@@ -12,7 +12,7 @@
 //! | Q4_0 | blocks of 18: half, 16 bytes | all nibbles, then all halves |
 //! | Q6_K | blocks of 210: 128, 64, 16 bytes, half | blocks of 208 = 13 * 16 without the half, then all halves |
 //!
-//! What stays as it is can be read from the mapped file without a copy, see [`MatrixLayout::is_stored_order`]. For the
+//! What stays as it is can be read from the mapped file without a copy, see [`window`](crate::window). For the
 //! others the choice was between narrow loads (2 bytes for Q8_0, Q4_0 and Q6_K: eight times as many load instructions) and
 //! one copy while loading; the bytes are the same in another order, so nothing grows and no value changes.
 

@@ -12,6 +12,8 @@ use crate::device::{Cpu, OpenDevice};
 use crate::error::{Error, Result};
 use crate::kernels::input::Input;
 use crate::kernels::matrix::{self, Product};
+#[cfg(all(feature = "metal", target_os = "macos"))]
+use crate::weights::MappedTensor;
 use crate::weights::WeightType;
 
 /// Candle's half of loading: tensors on a device.
@@ -77,6 +79,14 @@ impl Build for CandleBuild {
             }
         };
         Ok(Some(Matrix::Dense(Tensor::from_raw_buffer(bytes, dense, &[n, k], &self.device)?)))
+    }
+
+    #[cfg(all(feature = "metal", target_os = "macos"))]
+    fn mapped_matrix(&self, dtype: WeightType, stored: &MappedTensor, n: usize, k: usize) -> Result<Option<Matrix>> {
+        match &self.metal {
+            Some(kernels) => Ok(kernels.map(dtype, stored, n, k)?.map(Matrix::Metal)),
+            None => Ok(None),
+        }
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<Tensor> {

@@ -1,24 +1,27 @@
 //! A matrix in one of metal-ext's packed formats on an Apple GPU, and its products.
 //!
-//! The packed bytes are the only copy of the weights. Up to eight rows are multiplied by metal-ext's kernel, which reads
-//! each weight once for several rows; more rows are a matrix-matrix product, for which the matrix is widened and given to
-//! candle. The fused decode step works on the same bytes.
+//! The packed bytes are the only copy of the weights. Where they are the file's own there is not even that: the matrix is
+//! the pages of the mapped file. Up to eight rows are multiplied by metal-ext's kernel, which reads each weight once for
+//! several rows; more rows are a matrix-matrix product, for which the matrix is widened and given to candle. The fused
+//! decode step works on the same bytes.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::backend::BackendStorage;
+use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, MetalDevice, MetalStorage, Shape, Storage, Tensor};
 use metal_ext::decode;
 use metal_ext::dequantise::{LookUp, Widen};
 use metal_ext::encoder::Dispatch;
 use metal_ext::gemv::{Finish, Gemv, MOST_ROWS, PackedMatrix};
+use metal_ext::mapped::{MappedBuffer, buffer_over};
 use metal_ext::metal::{Buffer, MetalEncoder, Pipelines};
 use metal_ext::pack::{Format, MatrixLayout};
 use metal_ext::softmax::Softmax;
 use metal_ext::{Encoder, MetalExtOptions, Region, SoftmaxBackend};
 
 use crate::error::{Error, Result};
-use crate::weights::WeightType;
+use crate::weights::{MappedTensor, WeightType};
 
 /// The compiled kernels of a stage's GPU. Only the stage's thread asks for them, so the lock is never waited for.
 #[derive(Clone)]
@@ -46,25 +49,43 @@ impl Kernels {
         Ok(x.force_contiguous()?.apply_op1_no_bwd(&SoftmaxRows(self))?)
     }
 
+    /// The file's bytes as they lie in it; `None` where they have to be copied, for [`pack`](Self::pack) to do.
+    pub fn map(&self, dtype: WeightType, stored: &MappedTensor, n: usize, k: usize) -> Result<Option<MetalMatrix>> {
+        let Some(layout) = layout_of(dtype, stored.range.len(), n, k) else { return Ok(None) };
+        let MappedTensor { file, range } = stored;
+        let (buffer, offset) = match buffer_over(self.device.metal_device(), &layout, file, range.clone()) {
+            Ok(Some(MappedBuffer { buffer, offset })) => (Arc::new(buffer), offset),
+            Ok(None) => return Ok(None),
+            Err(why) => {
+                tracing::debug!("a {n} by {k} {dtype} matrix is copied: {why}");
+                return Ok(None);
+            }
+        };
+        let dtype = tensor_type(layout.format);
+        let size = dtype.size_in_bytes();
+        let elements = buffer.length() / size;
+        let storage = MetalStorage::new(buffer.clone(), self.device.clone(), elements, dtype);
+        let pages = Tensor::from_storage(Storage::Metal(storage), elements, BackpropOp::none(), false);
+        let tensor = pages.narrow(0, offset / size, layout.bytes / size)?;
+        let tensor = if dtype == DType::U8 { tensor } else { tensor.reshape((n, k))? };
+        let resident = Some(Resident::new(&self.device, buffer));
+        Ok(Some(MetalMatrix { layout, tensor, kernels: self.clone(), _resident: resident }))
+    }
+
     /// Packs the file's bytes into GPU memory; `None` where no kernel reads their type.
     pub fn pack(&self, dtype: WeightType, bytes: &[u8], n: usize, k: usize) -> Result<Option<MetalMatrix>> {
-        let Some(format) = dtype.packed_format() else { return Ok(None) };
-        let Ok(layout) = MatrixLayout::new(format, n, k) else { return Ok(None) };
-        if layout.stored_bytes() != bytes.len() {
-            return Ok(None);
-        }
+        let Some(layout) = layout_of(dtype, bytes.len(), n, k) else { return Ok(None) };
         let device = Device::Metal(self.device.clone());
-        let tensor = match (format, layout.is_stored_order()) {
-            (Format::F16, true) => Tensor::from_raw_buffer(bytes, DType::F16, &[n, k], &device)?,
-            (Format::BF16, true) => Tensor::from_raw_buffer(bytes, DType::BF16, &[n, k], &device)?,
-            (_, true) => Tensor::from_raw_buffer(bytes, DType::U8, &[bytes.len()], &device)?,
+        let tensor = match (tensor_type(layout.format), layout.is_stored_order()) {
+            (DType::U8, true) => Tensor::from_raw_buffer(bytes, DType::U8, &[bytes.len()], &device)?,
+            (dense, true) => Tensor::from_raw_buffer(bytes, dense, &[n, k], &device)?,
             (_, false) => {
                 let mut packed = vec![0; layout.bytes];
                 layout.pack(bytes, &mut packed).map_err(gpu)?;
                 Tensor::from_raw_buffer(&packed, DType::U8, &[layout.bytes], &device)?
             }
         };
-        Ok(Some(MetalMatrix { layout, tensor, kernels: self.clone() }))
+        Ok(Some(MetalMatrix { layout, tensor, kernels: self.clone(), _resident: None }))
     }
 
     /// Encodes with the device's command encoder, which is held meanwhile: nothing may be allocated in `encode`.
@@ -78,6 +99,11 @@ impl Kernels {
         encode(&mut encoder).map_err(candle_core::Error::wrap)
     }
 
+    /// The device.
+    pub fn device(&self) -> &MetalDevice {
+        &self.device
+    }
+
     /// The compiled kernels.
     pub fn pipelines(&self) -> MutexGuard<'_, Pipelines> {
         self.pipelines.lock().unwrap_or_else(PoisonError::into_inner)
@@ -88,15 +114,52 @@ impl Kernels {
     }
 }
 
+/// The layout of a matrix that is stored in so many bytes; `None` where no kernel reads it.
+fn layout_of(dtype: WeightType, bytes: usize, n: usize, k: usize) -> Option<MatrixLayout> {
+    let layout = MatrixLayout::new(dtype.packed_format()?, n, k).ok()?;
+    (layout.stored_bytes() == bytes).then_some(layout)
+}
+
+/// The type of a tensor over a matrix in the file's own order: candle multiplies half floats as they are.
+fn tensor_type(format: Format) -> DType {
+    match format {
+        Format::F16 => DType::F16,
+        Format::BF16 => DType::BF16,
+        _ => DType::U8,
+    }
+}
+
+/// A buffer that candle has not made and keeps in the GPU's memory from step to step as it does its own.
+struct Resident {
+    device: MetalDevice,
+    buffer: Arc<Buffer>,
+}
+
+impl Resident {
+    fn new(device: &MetalDevice, buffer: Arc<Buffer>) -> Resident {
+        device.register_buffers([&*buffer]);
+        Resident { device: device.clone(), buffer }
+    }
+}
+
+impl Drop for Resident {
+    fn drop(&mut self) {
+        self.device.unregister_buffers([&*self.buffer]);
+    }
+}
+
 /// A matrix of `n` rows by `k` columns.
 pub struct MetalMatrix {
     layout: MatrixLayout,
-    tensor: Tensor, // (n, k) where candle can multiply it as it is, else (bytes), u8
+    /// (n, k) where candle can multiply it as it is, else (bytes), u8. Over a mapped file it begins within its buffer.
+    tensor: Tensor,
     kernels: Kernels,
+    /// The pages of a mapped file.
+    _resident: Option<Resident>,
 }
 
 impl MetalMatrix {
-    /// Bytes that it holds.
+    /// Bytes that it holds. Pages of a mapped file are counted like any others: a step has all of them in memory.
     pub fn bytes(&self) -> u64 {
         self.layout.bytes as u64
     }
@@ -135,6 +198,12 @@ impl MetalMatrix {
             .map(|tokens| Ok(self.tensor.apply_op1_no_bwd(&Rows { table: self, tokens })?))
             .collect::<Result<Vec<_>>>()?;
         Ok(Tensor::cat(&parts, 0)?)
+    }
+
+    /// In a kernel's terms, given the tensor's storage and where it begins there.
+    fn in_storage<'a>(&self, storage: &'a MetalStorage, layout: &Layout) -> PackedMatrix<'a, Buffer> {
+        let offset = layout.start_offset() * self.tensor.dtype().size_in_bytes();
+        PackedMatrix { layout: self.layout, buffer: storage.buffer(), offset }
     }
 
     fn output(&self, rows: usize, width: usize) -> candle_core::Result<Arc<Buffer>> {
@@ -214,14 +283,11 @@ impl CustomOp1 for Widened<'_> {
         Err(not_on_cpu(self.name()))
     }
 
-    fn metal_fwd(&self, packed: &MetalStorage, _: &Layout) -> candle_core::Result<(MetalStorage, Shape)> {
+    fn metal_fwd(&self, packed: &MetalStorage, layout: &Layout) -> candle_core::Result<(MetalStorage, Shape)> {
         let matrix = self.0;
         let MatrixLayout { n, k, .. } = matrix.layout;
         let out = matrix.output(n, k)?;
-        let widen = Widen {
-            matrix: PackedMatrix { layout: matrix.layout, buffer: packed.buffer(), offset: 0 },
-            out: Region::at(&*out, 0),
-        };
+        let widen = Widen { matrix: matrix.in_storage(packed, layout), out: Region::at(&*out, 0) };
         matrix.kernels.dispatch(&widen.dispatch())?;
         Ok(matrix.storage(out, n, k))
     }
@@ -242,12 +308,12 @@ impl CustomOp1 for Rows<'_> {
         Err(not_on_cpu(self.name()))
     }
 
-    fn metal_fwd(&self, packed: &MetalStorage, _: &Layout) -> candle_core::Result<(MetalStorage, Shape)> {
+    fn metal_fwd(&self, packed: &MetalStorage, layout: &Layout) -> candle_core::Result<(MetalStorage, Shape)> {
         let (matrix, rows) = (self.table, self.tokens.len());
         let k = matrix.layout.k;
         let out = matrix.output(rows, k)?;
         let look_up = LookUp {
-            table: PackedMatrix { layout: matrix.layout, buffer: packed.buffer(), offset: 0 },
+            table: matrix.in_storage(packed, layout),
             tokens: self.tokens,
             multiplier: 1.0,
             out: Region::at(&*out, 0),

@@ -10,7 +10,7 @@ use half::{bf16, f16};
 use super::config::{DecoderConfig, QkNorm};
 use crate::error::{Error, Result};
 use crate::kernels::dequantise;
-use crate::weights::{StoredTensor, WeightSource, WeightType};
+use crate::weights::{MappedTensor, StoredTensor, WeightSource, WeightType};
 
 /// Makes a device's matrices and vectors.
 pub trait Build {
@@ -22,10 +22,23 @@ pub trait Build {
     /// The `n` by `k` matrix of these bytes; `None` when they are not one.
     fn matrix(&self, dtype: WeightType, bytes: &[u8], n: usize, k: usize) -> Result<Option<Self::Matrix>>;
 
+    /// The same matrix of bytes that are mapped from a file, read where they are for as long as it lasts; `None` where
+    /// they have to be copied, for [`matrix`](Self::matrix) to do.
+    fn mapped_matrix(
+        &self,
+        _dtype: WeightType,
+        _stored: &MappedTensor,
+        _n: usize,
+        _k: usize,
+    ) -> Result<Option<Self::Matrix>> {
+        Ok(None)
+    }
+
     /// A vector.
     fn vector(&self, values: Vec<f32>) -> Result<Self::Vector>;
 
-    /// Bytes that a matrix holds.
+    /// Bytes that a matrix holds, in memory of its own or in a mapped file: its pages are in memory as well once it has
+    /// been multiplied.
     fn matrix_bytes(matrix: &Self::Matrix) -> u64;
 
     /// Bytes that a vector holds.
@@ -254,10 +267,19 @@ impl<B: Build> Reader<'_, B> {
         let row_bytes = dtype
             .bytes_for(k)
             .ok_or_else(|| self.wrong(name, format!("rows of {k} values are no whole blocks of {dtype}")))?;
-        let bytes = &stored.bytes[start * row_bytes..(start + n) * row_bytes];
+        let rows = start * row_bytes..(start + n) * row_bytes;
+        let bytes = &stored.bytes[rows.clone()];
         let (dtype, bytes) = match self.dense_type {
             Some(wanted) if dtype.is_dense() && wanted != dtype => (wanted, Cow::Owned(convert(bytes, dtype, wanted))),
-            _ => (dtype, Cow::Borrowed(bytes)),
+            _ => {
+                if let Some(MappedTensor { file, range }) = self.source.mapped(name) {
+                    let stored = MappedTensor { file, range: range.start + rows.start..range.start + rows.end };
+                    if let Some(matrix) = self.build.mapped_matrix(dtype, &stored, n, k)? {
+                        return Ok(matrix); // whose pages are not released: they are in use
+                    }
+                }
+                (dtype, Cow::Borrowed(bytes))
+            }
         };
         let matrix = self
             .build

@@ -6,12 +6,13 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use memmap2::Mmap;
 
 use super::mapped::{map_file, release_pages};
 use super::names::NameMap;
-use super::{StoredTensor, TensorMeta, WeightSource, WeightType};
+use super::{MappedTensor, StoredTensor, TensorMeta, WeightSource, WeightType};
 use crate::error::{Error, Result};
 
 /// Where tensor data starts and every tensor in it, unless `general.alignment` says otherwise.
@@ -23,7 +24,7 @@ const MAX_DIMENSIONS: u32 = 4;
 #[derive(Debug)]
 pub struct GgufFile {
     path: PathBuf,
-    map: Mmap,
+    map: Arc<Mmap>,
     metadata: BTreeMap<String, Value>,
     tensors: Vec<TensorInfo>,
     /// Index in `tensors` by the file's name.
@@ -62,7 +63,7 @@ impl GgufFile {
             tensors: Vec::new(),
             by_name: HashMap::new(),
             names: NameMap::default(),
-            map,
+            map: Arc::new(map),
         };
         file.refuse_split()?;
         file.place(&mut tensors, header_end)?;
@@ -244,6 +245,10 @@ impl WeightSource for GgufFile {
             reason: "is missing from the file".to_string(),
         })?;
         Ok(StoredTensor { meta: tensor.meta.clone(), bytes: &self.map[tensor.range.clone()] })
+    }
+
+    fn mapped(&self, name: &str) -> Option<MappedTensor> {
+        self.find(name).map(|tensor| MappedTensor { file: self.map.clone(), range: tensor.range.clone() })
     }
 
     fn names(&self) -> Vec<String> {

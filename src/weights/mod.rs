@@ -30,9 +30,12 @@ pub mod safetensors;
 mod mapped;
 mod names;
 
+use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
+use memmap2::Mmap;
 use metal_ext::pack::Format;
 
 use crate::error::Result;
@@ -187,6 +190,15 @@ pub struct StoredTensor<'a> {
     pub bytes: &'a [u8],
 }
 
+/// A tensor's bytes in a mapped file, for those who read them where they are.
+#[derive(Debug, Clone)]
+pub struct MappedTensor {
+    /// The mapping, which lasts as long as anybody has it.
+    pub file: Arc<Mmap>,
+    /// The tensor's bytes in it.
+    pub range: Range<usize>,
+}
+
 /// Tensors by canonical name. Opening one reads headers only; bytes are paged in by whoever touches them.
 pub trait WeightSource: Send + Sync {
     /// Type and shape, or `None` when the model has no such tensor. A tensor of a type that is not supported is an
@@ -195,6 +207,12 @@ pub trait WeightSource: Send + Sync {
 
     /// The tensor. An absent one is an error that names it as the file would.
     fn tensor(&self, name: &str) -> Result<StoredTensor<'_>>;
+
+    /// Where the bytes of [`tensor`](Self::tensor) lie in a file, if they are mapped from one. A source that changes them
+    /// on the way has no such place.
+    fn mapped(&self, _name: &str) -> Option<MappedTensor> {
+        None
+    }
 
     /// Canonical names of all tensors that have one, in no order.
     fn names(&self) -> Vec<String>;

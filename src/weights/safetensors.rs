@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use memmap2::Mmap;
 use serde::Deserialize;
@@ -13,7 +14,7 @@ use serde::de::IgnoredAny;
 
 use super::mapped::{map_file, release_pages};
 use super::names::NameMap;
-use super::{StoredTensor, TensorMeta, WeightSource, WeightType};
+use super::{MappedTensor, StoredTensor, TensorMeta, WeightSource, WeightType};
 use crate::error::{Error, Result};
 
 /// The file of a model that is not sharded.
@@ -52,7 +53,7 @@ pub struct SafetensorsDir {
 #[derive(Debug)]
 struct Shard {
     path: PathBuf,
-    map: Mmap,
+    map: Arc<Mmap>,
 }
 
 #[derive(Debug)]
@@ -128,6 +129,11 @@ impl WeightSource for SafetensorsDir {
         })?;
         let meta = self.meta_of(&file_name, located)?;
         Ok(StoredTensor { meta, bytes: &self.shards[located.shard].map[located.range.clone()] })
+    }
+
+    fn mapped(&self, name: &str) -> Option<MappedTensor> {
+        let (_, located) = self.find(name)?;
+        Some(MappedTensor { file: self.shards[located.shard].map.clone(), range: located.range.clone() })
     }
 
     fn names(&self) -> Vec<String> {
@@ -308,7 +314,7 @@ fn open_shard(path: &Path) -> Result<(Shard, HashMap<String, Entry>)> {
     if covered != data.len() {
         return Err(damaged(format!("the header describes {covered} bytes of data, and there are {}", data.len())));
     }
-    Ok((Shard { path: path.to_path_buf(), map }, tensors))
+    Ok((Shard { path: path.to_path_buf(), map: Arc::new(map) }, tensors))
 }
 
 fn weight_type(dtype: &str) -> Option<WeightType> {

@@ -1,9 +1,13 @@
 //! Stages driven by hand, and what they are compared with.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
+use candle_core::Device;
+use candle_core::quantized::gguf_file::{self, Content, Value};
+use candle_core::quantized::{GgmlDType, QTensor};
 use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource};
 use candle_pipeline::instrument::Watch;
 use candle_pipeline::kernels::dequantise;
@@ -79,4 +83,20 @@ pub fn best(logits: &[f32]) -> u32 {
 /// The largest difference between two rows of logits.
 pub fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+/// Writes the demo model with its matrices in another type.
+pub fn write_demo(dtype: GgmlDType, path: &Path) {
+    let mut file = File::open(format!("{DEMO_MODEL}/demo-q8_0.gguf")).unwrap();
+    let content = Content::read(&mut file).unwrap();
+    let mut stored: HashMap<&str, QTensor> = HashMap::new();
+    for name in content.tensor_infos.keys() {
+        let tensor = content.tensor(&mut file, name, &Device::Cpu).unwrap();
+        let values = tensor.dequantize(&Device::Cpu).unwrap();
+        let dtype = if values.rank() == 1 { GgmlDType::F32 } else { dtype };
+        stored.insert(name, QTensor::quantize(&values, dtype).unwrap());
+    }
+    let metadata: Vec<(&str, &Value)> = content.metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
+    let tensors: Vec<(&str, &QTensor)> = stored.iter().map(|(name, tensor)| (*name, tensor)).collect();
+    gguf_file::write(&mut File::create(path).unwrap(), &metadata, &tensors).unwrap();
 }
