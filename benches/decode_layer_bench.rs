@@ -19,7 +19,7 @@ mod gpu {
     use std::sync::Arc;
 
     use candle_core::{DType, Device, Tensor};
-    use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageOutput, StageSource};
+    use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageOutput, StageSource, Wanted};
     use candle_pipeline::instrument::Watch;
     use candle_pipeline::model::config::DecoderConfig;
     use candle_pipeline::weights::{StoredTensor, TensorMeta, WeightSource, WeightType};
@@ -140,11 +140,12 @@ mod gpu {
                     bencher.iter(|| {
                         let mut x = Tensor::ones((1, config.hidden_size), DType::F32, &device).expect("memory");
                         for position in POSITION..POSITION + STEPS {
-                            let slice = SequenceSlice { id, position, len: 1, length: position + 1, logits: false };
+                            let slice =
+                                SequenceSlice { id, position, len: 1, length: position + 1, wanted: Wanted::Nothing };
                             let batch = MicroBatch { slices: vec![slice], tokens: vec![0] };
                             match backend.forward(&batch, Some(x.clone()), &mut Watch::off()).expect("a step") {
                                 StageOutput::Activations(out) => x = out,
-                                StageOutput::Logits(_) => unreachable!("the stage has no head"),
+                                _ => unreachable!("the stage has no head"),
                             }
                         }
                         device.synchronize().expect("the GPU");

@@ -24,7 +24,7 @@ use anyhow::{Context, Result, bail, ensure};
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
-use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageOutput};
+use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageOutput, Wanted};
 use candle_pipeline::instrument::Watch;
 use candle_pipeline::instrument::tracer::quant_error::kl_divergence;
 use candle_pipeline::weights::WeightType;
@@ -310,11 +310,11 @@ impl Bench {
             let id = SequenceId(index as u64);
             backend.open(id, tokens.len())?;
             for (position, &token) in tokens.iter().enumerate() {
-                let slice = SequenceSlice { id, position, len: 1, length: position + 1, logits: true };
+                let slice = SequenceSlice { id, position, len: 1, length: position + 1, wanted: Wanted::Logits };
                 let batch = MicroBatch { slices: vec![slice], tokens: vec![token] };
                 match backend.forward(&batch, None, &mut Watch::off())? {
                     StageOutput::Logits(logits) => all.extend(logits.into_iter().flatten()),
-                    StageOutput::Activations(_) => bail!("a whole model gave no logits"),
+                    _ => bail!("a whole model gave no logits"),
                 }
             }
             backend.close(id);

@@ -21,7 +21,7 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use candle_pipeline::backend::{
-    CandleBackend, MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource,
+    CandleBackend, MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource, Wanted,
 };
 use candle_pipeline::device::hardware_name;
 use candle_pipeline::instrument::Watch;
@@ -260,7 +260,7 @@ impl Work {
         for step in 0..steps {
             let position = position + step;
             let len = tokens.len();
-            let slice = SequenceSlice { id, position, len, length: position + len, logits: true };
+            let slice = SequenceSlice { id, position, len, length: position + len, wanted: Wanted::Logits };
             let batch = MicroBatch { slices: vec![slice], tokens: tokens.to_vec() };
             let StageOutput::Logits(logits) = backend.forward(&batch, None, &mut Watch::off())? else {
                 anyhow::bail!("the whole model gave no logits");

@@ -17,7 +17,7 @@ use candle_pipeline::model::stage_weights::{Build, StageWeights};
 use candle_pipeline::weights::{MappedTensor, WeightSource, WeightType};
 use candle_pipeline::{DeviceSpec, Result};
 use common::stages::{Widened, best, largest_difference, source_of, step, write_demo};
-use metal_ext::decode::{self, KvCache, Row, Scratch};
+use metal_ext::decode::{self, Candidates, KvCache, Row, Scratch};
 use metal_ext::dequantise::LookUp;
 use metal_ext::gemv::PackedMatrix;
 use metal_ext::pack::MatrixLayout;
@@ -101,6 +101,7 @@ struct FusedModel {
     embeddings: decode::Matrix<CpuBuffer>,
     stage: decode::Stage<CpuBuffer>,
     scratch: Scratch<CpuBuffer>,
+    candidates: Candidates<CpuBuffer>,
 }
 
 impl FusedModel {
@@ -129,7 +130,9 @@ impl FusedModel {
         };
         let embeddings = weights.embeddings.as_deref().unwrap().clone();
         let ropes = Ropes::new(config, &candle_core::Device::Cpu);
-        FusedModel { config: config.clone(), ropes, embeddings, stage, scratch }
+        let bytes = Candidates::<CpuBuffer>::bytes(config.vocab_size);
+        let candidates = Candidates { found: CpuBuffer::new(bytes.found), scratch: CpuBuffer::new(bytes.scratch) };
+        FusedModel { config: config.clone(), ropes, embeddings, stage, scratch, candidates }
     }
 
     fn new_kv(&self, capacity: usize) -> Vec<KvCache<CpuBuffer>> {
@@ -138,7 +141,8 @@ impl FusedModel {
         layers.map(|_| KvCache { keys: CpuBuffer::new(bytes), values: CpuBuffer::new(bytes), capacity }).collect()
     }
 
-    /// One row of each sequence; returns the logits of each.
+    /// One row of each sequence; returns the logits of each, in which the most likely tokens stand that are found behind
+    /// them.
     fn step(&self, check: Check, rows: &[(u32, usize, &[KvCache<CpuBuffer>])]) -> Vec<Vec<f32>> {
         let hidden = self.config.hidden_size;
         let mut encoder = CpuEncoder::new(check);
@@ -179,9 +183,21 @@ impl FusedModel {
         let options = MetalExtOptions::default();
         self.stage.encode(&mut encoder, &x, &places, &wanted, &self.scratch, &options).unwrap();
         let vocab = self.config.vocab_size;
+        const K: usize = 3;
+        assert!(fused::logits_are_the_product(&self.config));
+        self.candidates.encode(&mut encoder, &self.scratch.logits, vocab, &wanted, K).unwrap();
+        let words: Vec<u32> = self.candidates.found.floats().iter().map(|value| value.to_bits()).collect();
+        let found = decode::read_candidates(&words[..decode::found_words(rows.len(), K)], rows.len(), K);
         let logits = self.scratch.logits.floats();
         let logits = logits.chunks(decode::stride(vocab)).take(rows.len());
-        logits.map(|row| fused::finish_logits(&self.config, row[..vocab].to_vec())).collect()
+        let logits: Vec<Vec<f32>> =
+            logits.map(|row| fused::finish_logits(&self.config, row[..vocab].to_vec())).collect();
+        for (found, logits) in found.iter().zip(&logits) {
+            let mut sorted: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
+            sorted.sort_by(|(_, a), (_, b)| b.partial_cmp(a).unwrap());
+            assert_eq!(found.as_deref(), Some(&sorted[..K]));
+        }
+        logits
     }
 }
 

@@ -1,14 +1,18 @@
-//! A Metal stage on a real GPU against the CPU backend: the fused path, candle's, and the change from one to the other.
+//! A Metal stage on a real GPU against the CPU backend: the fused path, candle's, and the change from one to the other;
+//! weights in the mapped file, and tokens found on the GPU.
 #![cfg(all(feature = "metal", target_os = "macos"))]
 
 mod common;
 
 use std::sync::Arc;
 
-use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource};
+use candle_core::quantized::GgmlDType;
+use candle_pipeline::backend::{
+    MicroBatch, Prediction, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource, Wanted,
+};
 use candle_pipeline::instrument::Watch;
 use candle_pipeline::{DeviceSpec, MetalExtOptions};
-use common::stages::{Widened, best, largest_difference, source_of, step};
+use common::stages::{Widened, best, largest_difference, source_of, step, write_demo};
 
 const CPU: DeviceSpec = DeviceSpec::Cpu { threads: Some(1) };
 const GPU: DeviceSpec = DeviceSpec::Metal(0);
@@ -28,19 +32,27 @@ fn on_cpu(file: &str) -> Box<dyn StageBackend> {
 
 fn prefill(backend: &mut dyn StageBackend, id: SequenceId, tokens: &[u32]) -> Vec<f32> {
     let len = tokens.len();
-    let slice = SequenceSlice { id, position: 0, len, length: len, logits: true };
+    let slice = SequenceSlice { id, position: 0, len, length: len, wanted: Wanted::Logits };
     match backend
         .forward(&MicroBatch { slices: vec![slice], tokens: tokens.to_vec() }, None, &mut Watch::off())
         .unwrap()
     {
         StageOutput::Logits(mut logits) => logits.remove(0),
-        StageOutput::Activations(_) => unreachable!("a whole model returns logits"),
+        _ => unreachable!("a whole model returns logits"),
     }
 }
 
 #[test]
 fn both_paths_agree_with_the_cpu_for_a_whole_story() {
-    for file in ["", "demo-q8_0.gguf", "demo-q4_0.gguf"] {
+    let folder = tempfile::tempdir().unwrap();
+    let made = |name: &str, dtype| {
+        let path = folder.path().join(name);
+        write_demo(dtype, &path);
+        path.to_str().unwrap().to_string()
+    };
+    // Of these two the GPU reads the mapped file.
+    let mapped = [made("f16.gguf", GgmlDType::F16), made("q4_k.gguf", GgmlDType::Q4K)];
+    for file in ["", "demo-q8_0.gguf", "demo-q4_0.gguf", &mapped[0], &mapped[1]] {
         for fused in [true, false] {
             let (mut gpu, mut cpu) = (on_gpu(file, fused), on_cpu(file));
             let id = SequenceId(1);
@@ -67,7 +79,7 @@ fn sequences_of_one_step_are_what_they_are_alone() {
         gpu.open(*id, 8).unwrap();
         step(&mut *gpu, *id, 0, 0);
     }
-    let slice = |id| SequenceSlice { id, position: 1, len: 1, length: 2, logits: true };
+    let slice = |id| SequenceSlice { id, position: 1, len: 1, length: 2, wanted: Wanted::Logits };
     let batch = MicroBatch {
         slices: rows.iter().map(|(id, _)| slice(*id)).collect(),
         tokens: rows.iter().map(|(_, token)| *token).collect(),
@@ -79,5 +91,42 @@ fn sequences_of_one_step_are_what_they_are_alone() {
         // The same position again: the step overwrites what it appended.
         let alone = step(&mut *gpu, *id, *token, 1);
         assert!(largest_difference(&alone, together) <= 1e-3);
+    }
+}
+
+#[test]
+fn tokens_found_on_the_gpu_are_the_most_likely_of_its_logits() {
+    let mut gpu = on_gpu("demo-q8_0.gguf", true);
+    let rows: Vec<(SequenceId, u32)> = (0..4).map(|id| (SequenceId(id), 300 + id as u32)).collect();
+    for (id, _) in &rows {
+        gpu.open(*id, 8).unwrap();
+        step(&mut *gpu, *id, 0, 0);
+    }
+    let wanted = [Wanted::Best(1), Wanted::Logits, Wanted::Best(5), Wanted::Best(2)];
+    let slice = |id, wanted| SequenceSlice { id, position: 1, len: 1, length: 2, wanted };
+    let batch = MicroBatch {
+        slices: rows.iter().zip(wanted).map(|((id, _), wanted)| slice(*id, wanted)).collect(),
+        tokens: rows.iter().map(|(_, token)| *token).collect(),
+    };
+    let StageOutput::Predictions(found) = gpu.forward(&batch, None, &mut Watch::off()).unwrap() else {
+        unreachable!("some wanted the most likely tokens")
+    };
+    // The same step again, which overwrites what it appended, for its logits.
+    let all = batch.slices.iter().map(|slice| SequenceSlice { wanted: Wanted::Logits, ..*slice }).collect();
+    let all = MicroBatch { slices: all, tokens: batch.tokens.clone() };
+    let StageOutput::Logits(logits) = gpu.forward(&all, None, &mut Watch::off()).unwrap() else {
+        unreachable!("all wanted logits")
+    };
+    for ((found, logits), wanted) in found.into_iter().zip(logits).zip(wanted) {
+        let expected = match wanted {
+            Wanted::Best(k) => {
+                let mut all: Vec<(u32, f32)> = (0..).zip(logits).collect();
+                all.sort_by(|(_, a), (_, b)| b.partial_cmp(a).unwrap());
+                all.truncate(k);
+                Prediction::Best(all)
+            }
+            _ => Prediction::Logits(logits),
+        };
+        assert_eq!(found, expected);
     }
 }

@@ -2,7 +2,7 @@
 
 mod common;
 
-use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageOutput};
+use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageOutput, Wanted};
 use candle_pipeline::instrument::Watch;
 use candle_pipeline::{
     DEMO_MODEL, DeviceSpec, ExecutorOptions, GenerationOptions, HeterogeneousPipeline, HeterogeneousPipelineExecutor,
@@ -110,7 +110,7 @@ fn rows_of_several_sequences_in_one_micro_batch_are_those_of_each_alone() {
         position,
         len,
         length: position + len,
-        logits: true,
+        wanted: Wanted::Logits,
     };
     for id in 0..4 {
         backend.open(SequenceId(id), 64).unwrap();

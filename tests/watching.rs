@@ -6,7 +6,9 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use candle_pipeline::backend::{CandleBackend, MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput};
+use candle_pipeline::backend::{
+    CandleBackend, MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput, Wanted,
+};
 use candle_pipeline::instrument::{
     AttentionFilter, Collector, Event, Interest, KvState, LensInterest, LensLayer, Outcome, Phase, Probe, Record,
     StepOutcome, Watch,
@@ -273,7 +275,7 @@ fn attention(mut backend: Box<dyn StageBackend>, tokens: &[u32]) -> Weights {
     let all = All::wanting(everything());
     let (len, id) = (tokens.len(), SequenceId(4));
     backend.open(id, len).unwrap();
-    let slice = SequenceSlice { id, position: 0, len, length: len, logits: true };
+    let slice = SequenceSlice { id, position: 0, len, length: len, wanted: Wanted::Logits };
     let batch = MicroBatch { slices: vec![slice], tokens: tokens.to_vec() };
     let mut watch = Watch::of(&everything(), Probe::new(all.clone()));
     let output = backend.forward(&batch, None, &mut watch).unwrap();

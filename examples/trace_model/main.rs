@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail, ensure};
-use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput};
+use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput, Wanted};
 use candle_pipeline::instrument::queue::QueueOptions;
 use candle_pipeline::instrument::tracer::activation::merged;
 use candle_pipeline::instrument::tracer::attention::{AttentionTraceConfig, LayerAttention, by_layer};
@@ -152,11 +152,12 @@ impl Whole {
     }
 
     fn logits(&mut self, position: usize, token: u32) -> Result<Vec<f32>> {
-        let slice = SequenceSlice { id: Self::SEQUENCE, position, len: 1, length: position + 1, logits: true };
+        let slice =
+            SequenceSlice { id: Self::SEQUENCE, position, len: 1, length: position + 1, wanted: Wanted::Logits };
         let batch = MicroBatch { slices: vec![slice], tokens: vec![token] };
         match self.backend.forward(&batch, None, &mut Watch::off())? {
             StageOutput::Logits(logits) => logits.into_iter().next().context("no logits"),
-            StageOutput::Activations(_) => bail!("a whole model gave no logits"),
+            _ => bail!("a whole model gave no logits"),
         }
     }
 }

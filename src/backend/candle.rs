@@ -72,7 +72,7 @@ impl CandleBackend {
                 position: slice.position,
                 len: slice.len,
                 length: slice.length,
-                logits: slice.logits,
+                logits: slice.is_predicted(),
             })
             .collect();
         let input = match input {

@@ -303,7 +303,7 @@ impl Stage {
         };
         attend(pool, *isa, &shape, &mut attention);
         if let Some(filter) = watch.attention_of(self.first + index) {
-            for (slice, rows) in batch.slices.iter().zip(&attention).filter(|(slice, _)| slice.logits) {
+            for (slice, rows) in batch.slices.iter().zip(&attention).filter(|(slice, _)| slice.is_predicted()) {
                 self.show_attention(self.first + index, slice, rows, &shape, &filter, watch);
             }
         }
@@ -484,7 +484,7 @@ fn rows_with_logits(batch: &MicroBatch) -> impl Iterator<Item = (&SequenceSlice,
         *end += slice.len;
         Some((slice, *end - 1))
     });
-    ends.filter(|(slice, _)| slice.logits)
+    ends.filter(|(slice, _)| slice.is_predicted())
 }
 
 /// Rows `start..start + len` of rows of `width` values.

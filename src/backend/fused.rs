@@ -125,9 +125,19 @@ fn layer_weights<B: Build, F: FusedBuffers<B>>(
     })
 }
 
+fn logits_factor(config: &DecoderConfig) -> f32 {
+    (1.0 / config.logits_scaling) as f32
+}
+
+/// Whether the head's product is the logits. Where something stands between, two values may become one by rounding, and
+/// then another token is the first of the most likely ones.
+pub fn logits_are_the_product(config: &DecoderConfig) -> bool {
+    logits_factor(config) == 1.0 && config.final_logit_softcapping.is_none()
+}
+
 /// What stands between the head's product and a caller: scaling and cap.
 pub fn finish_logits(config: &DecoderConfig, mut logits: Vec<f32>) -> Vec<f32> {
-    let factor = (1.0 / config.logits_scaling) as f32;
+    let factor = logits_factor(config);
     if factor != 1.0 {
         logits.iter_mut().for_each(|value| *value *= factor);
     }

@@ -4,19 +4,21 @@
 //! Both work on the same weights and on the same KV cache, F16 (num_key_value_heads, capacity, head_dim) tensors of one
 //! sequence and layer each, so a sequence may change from one to the other at any step. The fused path takes a step of one
 //! row of each of up to eight sequences. It encodes the whole step into candle's command encoder without waiting, over
-//! buffers that stay; only logits come back.
+//! buffers that stay. What comes back is a few words where the most likely tokens are enough, and logits elsewhere.
 
 use std::cell::RefCell;
+use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
-use metal_ext::decode::{self, KvCache, Row, Scratch};
+use candle_core::op::BackpropOp;
+use candle_core::{DType, Device, MetalStorage, Storage, Tensor};
+use metal_ext::decode::{self, Candidates, KvCache, Row, RowCandidates, Scratch};
 use metal_ext::gemv::MOST_ROWS;
 use metal_ext::metal::{Buffer, Compile, autoreleasepool};
-use metal_ext::{MetalExtOptions, Region};
+use metal_ext::{Encoder, MetalExtOptions, Region};
 
 use super::candle::CandleBackend;
 use super::fused::{self, FusedBuffers};
-use super::{MicroBatch, SequenceId, StageBackend, StageBytes, StageOutput, StageSource};
+use super::{MicroBatch, Prediction, SequenceId, StageBackend, StageBytes, StageOutput, StageSource, Wanted};
 use crate::error::{Error, Result};
 use crate::instrument::{HiddenRow, Watch};
 use crate::model::kv_cache::SequenceKv;
@@ -36,7 +38,9 @@ struct Fused {
     scratch: Scratch<Buffer>,
     kernels: Kernels,
     options: MetalExtOptions,
-    logits: Tensor, // (MOST_ROWS, stride of vocab_size)
+    candidates: Candidates<Buffer>,
+    /// Tokens of a row that can be looked for; 0 where logits are not the head's product as it is.
+    most_candidates: usize,
     /// Whose buffers the stage and the scratch name.
     _kept: Vec<Tensor>,
 }
@@ -74,8 +78,13 @@ impl Fused {
         };
         let bytes = stage.scratch_bytes(MOST_ROWS);
         let zeros = |bytes: usize| buffers.keep(Tensor::zeros(bytes.div_ceil(4), DType::F32, device)?);
-        let vocab = decode::stride(stage.head.as_ref().map_or(1, |head| head.projection.layout.n));
-        let logits = Tensor::zeros((MOST_ROWS, vocab), DType::F32, device)?;
+        let vocab_size = stage.head.as_ref().map_or(0, |head| head.projection.layout.n);
+        let most_candidates = match fused::logits_are_the_product(&source.config) {
+            true => decode::most_candidates(vocab_size),
+            false => 0,
+        };
+        let found = Candidates::<Buffer>::bytes(vocab_size);
+        let candidates = Candidates { found: zeros(found.found)?, scratch: zeros(found.scratch.max(8))? };
         let scratch = Scratch {
             qkv: zeros(bytes.qkv)?,
             q: zeros(bytes.q)?,
@@ -83,10 +92,11 @@ impl Fused {
             gated: zeros(bytes.gated)?,
             branch: zeros(bytes.branch)?,
             partials: zeros(bytes.partials)?,
-            logits: buffer_of(&logits)?.0,
+            logits: zeros(bytes.logits)?,
         };
         let options = source.metal;
-        let fused = Fused { stage, scratch, kernels, options, logits, _kept: buffers.kept.into_inner() };
+        let kept = buffers.kept.into_inner();
+        let fused = Fused { stage, scratch, kernels, options, candidates, most_candidates, _kept: kept };
         fused.compile()?;
         Ok(Ok(fused))
     }
@@ -107,7 +117,43 @@ impl Fused {
                 self.stage.encode(&mut compile, any, &rows, &wanted, &self.scratch, &self.options).map_err(gpu)?;
             }
         }
+        if self.most_candidates > 0 {
+            let mut pipelines = self.kernels.pipelines();
+            self.look_for(&mut Compile(&mut pipelines), &[0], 1).map_err(gpu)?;
+        }
         Ok(())
+    }
+
+    /// Encodes the search for the `k` most likely tokens of rows of logits.
+    fn look_for<E: Encoder<Buffer = Buffer>>(
+        &self,
+        encoder: &mut E,
+        rows: &[usize],
+        k: usize,
+    ) -> metal_ext::Result<()> {
+        match &self.stage.head {
+            Some(head) if k > 0 => {
+                let vocab_size = head.projection.layout.n;
+                self.candidates.encode(encoder, &self.scratch.logits, vocab_size, rows, k)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// What [`look_for`](Self::look_for) has found, read back: those words and no more.
+    fn found(&self, rows: usize, k: usize) -> Result<Vec<Option<RowCandidates>>> {
+        if rows == 0 {
+            return Ok(Vec::new());
+        }
+        let words = self.beginning(&self.candidates.found, (1, decode::found_words(rows, k)), DType::U32);
+        Ok(decode::read_candidates(&words.flatten_all()?.to_vec1()?, rows, k))
+    }
+
+    /// The first values of a buffer: candle copies the whole of a tensor to the host, whatever part is asked for.
+    fn beginning(&self, buffer: &Buffer, (rows, width): (usize, usize), dtype: DType) -> Tensor {
+        let device = self.kernels.device().clone();
+        let storage = MetalStorage::new(Arc::new(buffer.clone()), device, rows * width, dtype);
+        Tensor::from_storage(Storage::Metal(storage), (rows, width), BackpropOp::none(), false)
     }
 
     /// A step of one row of each sequence; `kv` holds theirs.
@@ -156,17 +202,47 @@ impl Fused {
             })
             .collect();
         let wanted: Vec<usize> =
-            batch.slices.iter().enumerate().filter(|(_, slice)| slice.logits).map(|(row, _)| row).collect();
+            batch.slices.iter().enumerate().filter(|(_, slice)| slice.is_predicted()).map(|(row, _)| row).collect();
+        let searched: Vec<usize> = wanted.iter().copied().filter(|&row| self.enough(batch, row).is_some()).collect();
+        let k = searched.iter().filter_map(|&row| self.enough(batch, row)).max().unwrap_or(0);
         let (buffer, _) = buffer_of(&x)?;
-        self.kernels
-            .encode(|encoder| self.stage.encode(encoder, &buffer, &rows, &wanted, &self.scratch, &self.options))?;
+        self.kernels.encode(|encoder| {
+            self.stage.encode(encoder, &buffer, &rows, &wanted, &self.scratch, &self.options)?;
+            self.look_for(encoder, &searched, k)
+        })?;
         let Some(head) = &self.stage.head else { return Ok(StageOutput::Activations(x)) };
-        if wanted.is_empty() {
-            return Ok(StageOutput::Logits(Vec::new()));
+        let mut best: Vec<Option<RowCandidates>> = vec![None; rows.len()];
+        for (row, candidates) in searched.iter().zip(self.found(searched.len(), k)?) {
+            best[*row] = candidates;
         }
-        let all = self.logits.narrow(0, 0, rows.len())?.narrow(1, 0, head.projection.layout.n)?.to_vec2::<f32>()?;
-        let finished = |row: usize| fused::finish_logits(&source.config, all[row].clone());
-        Ok(StageOutput::Logits(wanted.into_iter().map(finished).collect()))
+        let logits = match wanted.iter().all(|&row| best[row].is_some()) {
+            true => Vec::new(),
+            false => {
+                let n = head.projection.layout.n;
+                let rows = self.beginning(&self.scratch.logits, (rows.len(), decode::stride(n)), DType::F32);
+                rows.narrow(1, 0, n)?.to_vec2::<f32>()?
+            }
+        };
+        let finished = |row: usize| fused::finish_logits(&source.config, logits[row].clone());
+        if searched.is_empty() {
+            return Ok(StageOutput::Logits(wanted.into_iter().map(finished).collect()));
+        }
+        let predicted = |row: usize| match (best[row].take(), self.enough(batch, row)) {
+            (Some(mut tokens), Some(k)) => {
+                tokens.truncate(k);
+                Prediction::Best(tokens)
+            }
+            _ => Prediction::Logits(finished(row)),
+        };
+        Ok(StageOutput::Predictions(wanted.into_iter().map(predicted).collect()))
+    }
+
+    /// How many of the most likely tokens are enough for a row, if they can be looked for.
+    fn enough(&self, batch: &MicroBatch, row: usize) -> Option<usize> {
+        match batch.slices[row].wanted {
+            Wanted::Best(k) => (1..=self.most_candidates).contains(&k).then_some(k),
+            Wanted::Nothing | Wanted::Logits => None,
+        }
     }
 }
 

@@ -75,8 +75,26 @@ pub struct SequenceSlice {
     /// Length of the sequence as far as it is known: the whole prompt in prefill, `position + 1` in decode. Rotary
     /// embeddings that depend on the length ask for it.
     pub length: usize,
-    /// Whether the logits of the last row are wanted.
-    pub logits: bool,
+    /// What is wanted of the last row.
+    pub wanted: Wanted,
+}
+
+/// What the last stage is to say of a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wanted {
+    /// Nothing: more of the prompt follows.
+    Nothing,
+    /// The most likely tokens are enough, so many of them. A stage that has all logits at hand may answer with those.
+    Best(usize),
+    /// All logits.
+    Logits,
+}
+
+impl SequenceSlice {
+    /// Whether the last row's logits are computed.
+    pub fn is_predicted(&self) -> bool {
+        self.wanted != Wanted::Nothing
+    }
 }
 
 /// Rows of one or more sequences that pass through the stages together.
@@ -93,14 +111,28 @@ pub struct MicroBatch {
 pub enum StageOutput {
     /// For the next stage: (rows, hidden_size).
     Activations(Tensor),
-    /// From the last stage: one vector of `vocab_size` values for each slice that wanted logits, in order.
+    /// From the last stage: one vector of `vocab_size` values for each slice that wanted anything, in order.
     Logits(Vec<Vec<f32>>),
+    /// From a last stage that looks for the most likely tokens where the logits are: one for each slice that wanted
+    /// anything, in order.
+    Predictions(Vec<Prediction>),
+}
+
+/// What the last stage says of a row.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Prediction {
+    /// `vocab_size` values.
+    Logits(Vec<f32>),
+    /// As many of the most likely tokens as were wanted, fewer than the vocabulary has, with their logits: the most likely
+    /// first, the lowest id first among equals. Never of a row from which nothing can be chosen, since a logit is NaN or
+    /// all are minus infinity: what is reported of that needs them all.
+    Best(Vec<(u32, f32)>),
 }
 
 /// Bytes that a stage holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct StageBytes {
-    /// Weights.
+    /// Weights, those that are read where a file is mapped included: their pages are in memory as the others are.
     pub weights: u64,
     /// Keys and values of open sequences.
     pub kv: u64,

@@ -15,7 +15,7 @@ use metal_ext::MetalExtOptions;
 use serde::{Deserialize, Serialize};
 
 use super::transfer::{Link, LinkOptions, WireType};
-use crate::backend::{MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource};
+use crate::backend::{MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource, Wanted};
 use crate::device::{DeviceSpec, OpenDevice, hardware_name};
 use crate::error::{Error, Result};
 use crate::instrument::Watch;
@@ -286,11 +286,11 @@ impl Subject<'_> {
             let mut bench = self.bench(layer..layer + 1, device, ropes, eviction.as_ref())?;
             let mut step = StepSeconds { decode: Vec::new(), prefill: bench.prefill()? };
             for rows in self.decode_rows() {
-                let seconds = bench.decode(rows, false)?;
+                let seconds = bench.decode(rows, Wanted::Nothing)?;
                 step.decode.push((rows, seconds));
                 // Every model's last layer represents its kind, and the head is behind it.
                 if layer + 1 == layers {
-                    head.decode.push((rows, (bench.decode(rows, true)? - seconds).max(0.0)));
+                    head.decode.push((rows, (bench.decode(rows, Wanted::Logits)? - seconds).max(0.0)));
                 }
             }
             measured.insert(layer, step);
@@ -301,7 +301,7 @@ impl Subject<'_> {
             // One by one the layers take as many steps as there are layers, together one.
             let one_by_one: f64 = representatives[run.clone()].iter().map(|layer| measured[layer].decode(1)).sum();
             let between = (run.len() - 1) as f64;
-            let together = self.bench(run, device, ropes, eviction.as_ref())?.decode(1, false)?;
+            let together = self.bench(run, device, ropes, eviction.as_ref())?.decode(1, Wanted::Nothing)?;
             let least = measured.values().map(|layer| layer.decode(1)).fold(f64::INFINITY, f64::min);
             step = ((one_by_one - together) / between).clamp(0.0, least);
         }
@@ -381,16 +381,17 @@ struct Bench<'a> {
 
 impl Bench<'_> {
     /// Seconds of a decode step of `rows` sequences, whose earlier positions hold zeros.
-    fn decode(&mut self, rows: usize, logits: bool) -> Result<f64> {
+    fn decode(&mut self, rows: usize, wanted: Wanted) -> Result<f64> {
         let (position, length) = (self.depth, self.depth + 1);
-        let slice = |id| SequenceSlice { id: SequenceId(id as u64), position, len: 1, length, logits };
+        let slice = |id| SequenceSlice { id: SequenceId(id as u64), position, len: 1, length, wanted };
         self.seconds((0..rows).map(slice).collect())
     }
 
     /// Seconds of a prompt's first chunk.
     fn prefill(&mut self) -> Result<f64> {
         let len = self.prefill_rows;
-        self.seconds(vec![SequenceSlice { id: SequenceId(0), position: 0, len, length: len, logits: false }])
+        let wanted = Wanted::Nothing;
+        self.seconds(vec![SequenceSlice { id: SequenceId(0), position: 0, len, length: len, wanted }])
     }
 
     fn seconds(&mut self, slices: Vec<SequenceSlice>) -> Result<f64> {

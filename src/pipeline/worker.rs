@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use candle_core::Tensor;
 
 use super::transfer::{Arrival, Link};
-use crate::backend::{MicroBatch, SequenceId, StageBackend, StageOutput};
+use crate::backend::{MicroBatch, Prediction, SequenceId, StageBackend, StageOutput};
 use crate::device::OpenDevice;
 use crate::error::{Error, Result};
 use crate::instrument::{Event, HiddenRow, Probe, StepPhases, Watcher, lens_layers};
@@ -72,12 +72,12 @@ impl StepTimes {
 
 /// What the stages answer.
 pub enum StageReply {
-    /// A step came out of the last stage, with the logits that were asked for, or was passed by.
+    /// A step came out of the last stage, with what was wanted of it, or was passed by.
     Done {
         /// Number of the step.
         step: u64,
-        /// One vector for each slice that wanted logits.
-        logits: Vec<(SequenceId, Vec<f32>)>,
+        /// One for each slice that wanted anything.
+        predictions: Vec<(SequenceId, Prediction)>,
         /// The longest that a stage computed it; what bounds the rate of a full pipeline.
         slowest: Duration,
     },
@@ -139,7 +139,7 @@ pub enum Next {
 /// A stage's output on its way.
 enum Sent {
     Activations(Arrival),
-    Logits(Vec<Vec<f32>>),
+    Predictions(Vec<Prediction>),
 }
 
 /// All that a stage thread is given besides its backend.
@@ -258,7 +258,7 @@ impl Worker {
                 }
             }
             StageMessage::Step { step, cancelled, times, .. } if cancelled.load(Ordering::Relaxed) => {
-                (self.replies)(StageReply::Done { step, logits: Vec::new(), slowest: times.slowest });
+                (self.replies)(StageReply::Done { step, predictions: Vec::new(), slowest: times.slowest });
             }
             StageMessage::Step { step, batch, input, cancelled, mut times, hidden } => {
                 let received = Instant::now();
@@ -292,7 +292,12 @@ impl Worker {
                     (Ok((_, StageOutput::Activations(_))), Next::Scheduler) => {
                         Err(Error::Tensors("the last stage returned activations instead of logits".into()))
                     }
-                    (Ok((batch, StageOutput::Logits(logits))), _) => Ok((batch, Sent::Logits(logits))),
+                    (Ok((batch, StageOutput::Logits(logits))), _) => {
+                        Ok((batch, Sent::Predictions(logits.into_iter().map(Prediction::Logits).collect())))
+                    }
+                    (Ok((batch, StageOutput::Predictions(predictions))), _) => {
+                        Ok((batch, Sent::Predictions(predictions)))
+                    }
                     (Err(error), _) => Err(error),
                 };
                 state.idle_since = Instant::now();
@@ -328,11 +333,11 @@ impl Worker {
                         let input = Some(arrival);
                         self.pass_on(StageMessage::Step { step, batch, input, cancelled, times, hidden });
                     }
-                    Ok((batch, Sent::Logits(logits))) => {
+                    Ok((batch, Sent::Predictions(predictions))) => {
                         self.tell_lens(backend, step, &mut hidden);
-                        let wanted = batch.slices.iter().filter(|slice| slice.logits).map(|slice| slice.id);
-                        let logits = wanted.zip(logits).collect();
-                        (self.replies)(StageReply::Done { step, logits, slowest: times.slowest });
+                        let wanted = batch.slices.iter().filter(|slice| slice.is_predicted()).map(|slice| slice.id);
+                        let predictions = wanted.zip(predictions).collect();
+                        (self.replies)(StageReply::Done { step, predictions, slowest: times.slowest });
                     }
                     Err(error) => (self.replies)(StageReply::StepFailed { step, error: self.failed(error) }),
                 }

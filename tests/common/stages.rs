@@ -8,7 +8,7 @@ use std::sync::Arc;
 use candle_core::Device;
 use candle_core::quantized::gguf_file::{self, Content, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
-use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource};
+use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource, Wanted};
 use candle_pipeline::instrument::Watch;
 use candle_pipeline::kernels::dequantise;
 use candle_pipeline::weights::{StoredTensor, TensorMeta, WeightSource, WeightType};
@@ -67,10 +67,10 @@ pub fn source_of(device: DeviceSpec, file: &str) -> StageSource {
 
 /// The stage's decode step of one sequence; its logits.
 pub fn step(backend: &mut dyn StageBackend, id: SequenceId, token: u32, position: usize) -> Vec<f32> {
-    let slice = SequenceSlice { id, position, len: 1, length: position + 1, logits: true };
+    let slice = SequenceSlice { id, position, len: 1, length: position + 1, wanted: Wanted::Logits };
     match backend.forward(&MicroBatch { slices: vec![slice], tokens: vec![token] }, None, &mut Watch::off()).unwrap() {
         StageOutput::Logits(mut logits) => logits.remove(0),
-        StageOutput::Activations(_) => unreachable!("a whole model returns logits"),
+        _ => unreachable!("a whole model returns logits"),
     }
 }
 

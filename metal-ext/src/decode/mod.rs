@@ -17,9 +17,11 @@
 //! a CPU, and counts what it costs.
 
 mod attention;
+mod candidates;
 mod layer;
 mod prediction;
 
+pub use candidates::{CandidateBytes, Candidates, RowCandidates, found_words, most_candidates, read_candidates};
 pub use layer::{KvCache, Row};
 pub use prediction::{CHIPS, Chip, Prediction};
 

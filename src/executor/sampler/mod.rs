@@ -104,20 +104,45 @@ impl Sampler {
         Ok(SampledToken { token, logprob })
     }
 
+    /// How many of the most likely tokens are enough to choose as from all logits, see [`sample_best`](Self::sample_best);
+    /// `None` where all are needed. The greedy choice needs one; top-k needs `k`, since the other filters and the draw look
+    /// at those alone. Penalties may raise any token, log-probabilities and a draw without top-k sum over all.
+    pub fn enough(&self) -> Option<usize> {
+        if self.penalties.is_some() || self.logprobs.is_some() {
+            return None;
+        }
+        match self.temperature == 0.0 {
+            true => Some(1),
+            false => Some(self.top_k).filter(|&k| k < usize::MAX),
+        }
+    }
+
+    /// The token that [`sample`](Self::sample) chooses, given the [`enough`](Self::enough) most likely ones of more, in
+    /// order. None of the logits is NaN and the first is above minus infinity.
+    pub fn sample_best(&mut self, best: &[(u32, f32)]) -> Result<SampledToken> {
+        let (first, logprob) = (best.first().copied(), None);
+        let numbers = best.iter().all(|(_, logit)| !logit.is_nan());
+        match (self.enough(), first) {
+            (Some(k), Some((token, max))) if best.len() == k && numbers && max > f32::NEG_INFINITY => {
+                let Some((uniform, scale)) = self.draw(max) else { return Ok(SampledToken { token, logprob }) };
+                self.best.clear();
+                self.best.extend(best.iter().map(|&(token, logit)| key(logit, token)));
+                let kept = self.filter_best(max, scale);
+                Ok(SampledToken { token: self.walk_best(kept, uniform), logprob })
+            }
+            (enough, first) => {
+                let wanted = enough.map_or("all logits".into(), |k| format!("the {k} most likely"));
+                let found = format!("{} tokens, the first with {:?}", best.len(), first.map(|(_, logit)| logit));
+                Err(Error::Tensors(format!("no token can be chosen from {found}, where {wanted} were wanted")))
+            }
+        }
+    }
+
     fn choose(&mut self, logits: &[f32]) -> Result<u32> {
         let (token, max) = most_likely(logits)?;
-        if self.temperature == 0.0 {
-            return Ok(token);
-        }
-        let uniform = unit_interval(self.random.next_u64());
-        let scale = 1.0 / self.temperature;
-        if !(max.abs() * scale).is_finite() {
-            // The temperature is too small for f32, or the best logit is infinite: in the limit only the best is left.
-            return Ok(token);
-        }
-        let kept = self.filter(logits, max, scale);
-        Ok(match kept {
-            Kept::Best(n) => token_of(self.best[walk(&self.weights[..n], uniform * sum(&self.weights[..n]))]),
+        let Some((uniform, scale)) = self.draw(max) else { return Ok(token) };
+        Ok(match self.filter(logits, max, scale) {
+            Kept::Best(n) => self.walk_best(n, uniform),
             Kept::Weighted => {
                 // Find the block first, then the token in it.
                 let mut before = 0.0;
@@ -140,27 +165,33 @@ impl Sampler {
         })
     }
 
+    /// The random number and the factor on logits; `None` where the most likely token is the choice.
+    fn draw(&mut self, max: f32) -> Option<(f64, f32)> {
+        if self.temperature == 0.0 {
+            return None;
+        }
+        let uniform = unit_interval(self.random.next_u64());
+        let scale = 1.0 / self.temperature;
+        // Not finite: the temperature is too small for f32, or the best logit is infinite. In the limit only the best is
+        // left.
+        (max.abs() * scale).is_finite().then_some((uniform, scale))
+    }
+
+    /// The token among the first `kept` of `best` at which the weights have come as far as `uniform`, 0 to 1.
+    fn walk_best(&self, kept: usize, uniform: f64) -> u32 {
+        let weights = &self.weights[..kept];
+        token_of(self.best[walk(weights, uniform * sum(weights))])
+    }
+
     /// Applies temperature, top-k, top-p and min-p, and leaves the tokens that are left with their weights
     /// (probabilities up to a common factor; the most likely token has 1) in the buffers.
     fn filter(&mut self, logits: &[f32], max: f32, scale: f32) -> Kept {
+        if self.top_k < logits.len() {
+            best_tokens(logits, self.top_k, &mut self.best);
+            return Kept::Best(self.filter_best(max, scale));
+        }
         let Self { best, weights, block_sums, .. } = self;
         let top_p = f64::from(self.top_p);
-        let by_rank = self.top_k < logits.len();
-
-        if by_rank {
-            best_tokens(logits, self.top_k, best);
-            best.sort_unstable();
-            weights.clear();
-            weights.extend(best.iter().map(|&key| exp((logit_of(key) - max) * scale)));
-            let mut kept = best.len();
-            if self.top_p < 1.0 {
-                kept = nucleus(weights, top_p * sum(weights)).unwrap_or(kept);
-            }
-            // Weights fall, and the first is 1: what min-p keeps is a prefix too.
-            kept = kept.min(weights.partition_point(|&weight| weight >= self.min_p)).max(1);
-            return Kept::Best(kept);
-        }
-
         weigh(logits, max, scale, weights, block_sums);
         if self.top_p < 1.0 {
             let cut = nucleus_end(logits, weights, top_p, block_sums.iter().sum(), best);
@@ -186,6 +217,21 @@ impl Sampler {
             }
         }
         Kept::Weighted
+    }
+
+    /// Applies temperature, top-p and min-p to the tokens in `best`, sorts them and leaves their weights beside them;
+    /// returns how many are kept.
+    fn filter_best(&mut self, max: f32, scale: f32) -> usize {
+        let Self { best, weights, .. } = self;
+        best.sort_unstable();
+        weights.clear();
+        weights.extend(best.iter().map(|&key| exp((logit_of(key) - max) * scale)));
+        let mut kept = best.len();
+        if self.top_p < 1.0 {
+            kept = nucleus(weights, f64::from(self.top_p) * sum(weights)).unwrap_or(kept);
+        }
+        // Weights fall, and the first is 1: what min-p keeps is a prefix too.
+        kept.min(weights.partition_point(|&weight| weight >= self.min_p)).max(1)
     }
 
     /// Log-probabilities of the token and of the `top` most likely ones under the model's own distribution.

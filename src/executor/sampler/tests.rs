@@ -423,3 +423,102 @@ fn the_stream_of_a_seed_is_fixed() {
     let tokens: Vec<u32> = (0..8).map(|_| sampler.sample(&logits).unwrap().token).collect();
     assert_eq!(tokens, [380, 336, 533, 399, 842, 94, 533, 308]);
 }
+
+/// The `k` most likely tokens in order, by definition.
+fn most_likely_tokens(logits: &[f32], k: usize) -> Vec<(u32, f32)> {
+    let mut all: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
+    all.sort_by(|(_, a), (_, b)| b.partial_cmp(a).unwrap());
+    all.truncate(k);
+    all
+}
+
+/// Options under which a few tokens are enough, with how many.
+fn narrow_options() -> Vec<(GenerationOptions, usize)> {
+    let narrow = |temperature, top_k: Option<usize>, top_p, min_p| {
+        let enough = if temperature == 0.0 { 1 } else { top_k.unwrap() };
+        (GenerationOptions { top_k, min_p, ..GenerationOptions::new(16, temperature, top_p) }, enough)
+    };
+    vec![
+        narrow(0.0, None, 1.0, 0.0),
+        narrow(0.0, Some(40), 0.5, 0.2),
+        narrow(1.0, Some(1), 1.0, 0.0),
+        narrow(1.0, Some(5), 1.0, 0.0),
+        narrow(0.7, Some(40), 0.9, 0.0),
+        narrow(1.5, Some(40), 0.6, 0.1),
+        narrow(3.0, Some(64), 1.0, 0.3),
+        narrow(1e-39, Some(8), 1.0, 0.0), // in the limit the greedy choice
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, rng_seed: RngSeed::Fixed(3), ..ProptestConfig::default() })]
+
+    #[test]
+    fn the_most_likely_tokens_choose_what_all_logits_choose(
+        // Few values, so that there are ties, zeros of both signs and what is ruled out.
+        logits in prop::collection::vec(
+            prop_oneof![
+                4 => (-40i8..40).prop_map(|v| f32::from(v) / 4.0),
+                2 => -20.0f32..20.0,
+                1 => Just(-0.0f32),
+                1 => Just(f32::NEG_INFINITY),
+                1 => Just(1e-41f32),
+            ],
+            65..300,
+        ),
+        certain in prop_oneof![9 => Just(None), 1 => (0usize..65).prop_map(Some)],
+    ) {
+        let mut logits = logits;
+        logits[7] = 3.0; // there is something to choose
+        if let Some(token) = certain {
+            logits[token] = f32::INFINITY;
+        }
+        for (options, enough) in narrow_options() {
+            let (mut all, mut few) = (sampler(&options), sampler(&options));
+            prop_assert_eq!(few.enough(), Some(enough));
+            let best = most_likely_tokens(&logits, enough);
+            for _ in 0..20 {
+                prop_assert_eq!(few.sample_best(&best).unwrap(), all.sample(&logits).unwrap(), "{:?}", options);
+            }
+        }
+    }
+}
+
+#[test]
+fn all_logits_are_needed_where_any_token_may_be_raised_or_is_summed() {
+    let greedy = GenerationOptions::default();
+    let top_k = GenerationOptions { top_k: Some(40), ..options() };
+    for options in [
+        options(),
+        GenerationOptions { top_p: 0.9, ..options() },
+        GenerationOptions { top_k: Some(0), ..options() },
+        GenerationOptions { logprobs: Some(0), ..greedy.clone() },
+        GenerationOptions { logprobs: Some(3), ..top_k.clone() },
+        GenerationOptions { repetition_penalty: 1.1, ..greedy.clone() },
+        GenerationOptions { presence_penalty: 0.1, ..top_k.clone() },
+        GenerationOptions { frequency_penalty: -0.1, ..greedy },
+    ] {
+        let mut sampler = sampler(&options);
+        assert_eq!(sampler.enough(), None, "{options:?}");
+        let message = sampler.sample_best(&[(3, 1.0)]).unwrap_err().to_string();
+        assert!(message.contains("1 tokens") && message.contains("all logits were wanted"), "{message}");
+    }
+    assert_eq!(sampler(&top_k).enough(), Some(40));
+}
+
+#[test]
+fn tokens_that_are_not_as_promised_choose_nothing() {
+    let options = GenerationOptions { top_k: Some(2), ..options() };
+    for best in [
+        &[][..],
+        &[(1, 0.5)],
+        &[(1, 0.5), (2, 0.4), (3, 0.3)],
+        &[(1, f32::NAN), (2, 0.0)],
+        &[(1, 0.0), (2, f32::NAN)],
+        &[(1, f32::NEG_INFINITY), (2, f32::NEG_INFINITY)],
+    ] {
+        let message = sampler(&options).sample_best(best).unwrap_err().to_string();
+        assert!(message.contains(&format!("from {} tokens", best.len())), "{message}");
+        assert!(message.contains("the 2 most likely were wanted"), "{message}");
+    }
+}

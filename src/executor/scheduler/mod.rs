@@ -36,7 +36,7 @@ use self::prefix::{PrefixCache, PrefixCounters, Retained, Rotations, SHORTEST_PR
 use self::sequence::Sequence;
 pub use self::sequence::{Finish, GeneratedToken, GenerationEvent, QueuePlace, Request, TextState, capacity};
 use super::options::FinishReason;
-use crate::backend::{MicroBatch, SequenceId, SequenceSlice};
+use crate::backend::{MicroBatch, Prediction, SequenceId, SequenceSlice, Wanted};
 use crate::error::Error;
 use crate::instrument::{Event, KvState, Outcome, Probe, StepOutcome, StepSlice};
 use crate::pipeline::worker::{StageMessage, StageReply, StepTimes, panic_message};
@@ -286,7 +286,7 @@ impl Scheduler {
                 }
                 self.prefix_counters.publish(&self.prefixes);
             }
-            Message::Stage(StageReply::Done { step, logits, slowest }) => self.landed(step, logits, slowest),
+            Message::Stage(StageReply::Done { step, predictions, slowest }) => self.landed(step, predictions, slowest),
             Message::Stage(StageReply::Closed { id }) => {
                 self.kv_used -= self.closing.remove(&id).unwrap_or(0);
             }
@@ -308,19 +308,23 @@ impl Scheduler {
     }
 
     /// A step has left the stages. Some of its sequences may have ended in the meantime.
-    fn landed(&mut self, number: u64, logits: Vec<(SequenceId, Vec<f32>)>, slowest: Duration) {
+    fn landed(&mut self, number: u64, predictions: Vec<(SequenceId, Prediction)>, slowest: Duration) {
         let Some(step) = self.steps.remove(&number) else { return };
-        let mut logits: HashMap<SequenceId, Vec<f32>> = logits.into_iter().collect();
+        let mut predictions: HashMap<SequenceId, Prediction> = predictions.into_iter().collect();
         let mut wanted = false;
         for slice in step.slices {
             // One that still runs kept the step from being passed by, so it has been computed.
             let Some(sequence) = self.active.get_mut(&slice.id) else { continue };
             sequence.computed = slice.position + slice.len;
             wanted = true;
-            match (slice.logits, logits.remove(&slice.id)) {
-                (true, Some(logits)) => self.sample(slice.id, &logits),
-                (true, None) => self.fail(slice.id, Error::Tensors("the last stage returned no logits".into())),
-                (false, _) => {}
+            let wrong = |what: &str| Error::Tensors(format!("the last stage returned {what}"));
+            match (slice.wanted, predictions.remove(&slice.id)) {
+                (Wanted::Nothing, _) => {}
+                (Wanted::Logits, Some(Prediction::Best(_))) => {
+                    self.fail(slice.id, wrong("the most likely tokens where all logits were wanted"));
+                }
+                (_, Some(prediction)) => self.sample(slice.id, &prediction),
+                (_, None) => self.fail(slice.id, wrong("no logits")),
             }
         }
         if wanted {
@@ -519,7 +523,8 @@ impl Scheduler {
             let Some(sequence) = self.active.get_mut(&id) else { continue };
             let (position, length) = (sequence.sent, sequence.tokens.len());
             let end = position + len;
-            batch.slices.push(SequenceSlice { id, position, len, length, logits: end == length });
+            let wanted = if end == length { sequence.wanted() } else { Wanted::Nothing };
+            batch.slices.push(SequenceSlice { id, position, len, length, wanted });
             batch.tokens.extend_from_slice(&sequence.tokens[position..end]);
             sequence.sent = end;
             sequence.kv_length = length;
@@ -554,13 +559,13 @@ impl Scheduler {
     }
 
     /// Chooses a sequence's next token and tells its caller; ends it or makes it ready for the next step.
-    fn sample(&mut self, id: SequenceId, logits: &[f32]) {
+    fn sample(&mut self, id: SequenceId, prediction: &Prediction) {
         let Some(sequence) = self.active.get_mut(&id) else { return };
         let started = Instant::now();
         if sequence.generated() == 0 {
-            sequence.report_prefilled(logits);
+            sequence.report_prefilled(prediction);
         }
-        let outcome = sequence.choose(logits, &self.limits);
+        let outcome = sequence.choose(prediction, &self.limits);
         // An error, or a request for no token, chooses none.
         if let Some((index, since)) = sequence.take_chosen()
             && self.probe.is_on()

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::Limits;
-use crate::backend::SequenceId;
+use crate::backend::{Prediction, SequenceId, Wanted};
 use crate::error::Result;
 use crate::executor::options::{FinishReason, GenerationOptions, TokenLogprob};
 use crate::executor::sampler::Sampler;
@@ -193,21 +193,35 @@ impl Sequence {
         self.tokens.len() - self.request.prompt.len()
     }
 
+    /// What is wanted of its last position so far: as little as its next token can be chosen from.
+    pub fn wanted(&self) -> Wanted {
+        let reported = self.request.options.prompt_logits && self.generated() == 0;
+        match self.sampler.enough() {
+            Some(k) if !reported => Wanted::Best(k),
+            _ => Wanted::Logits,
+        }
+    }
+
     /// Tells the caller that the prompt has been computed.
-    pub fn report_prefilled(&self, logits: &[f32]) {
-        let wanted = self.request.options.prompt_logits;
-        let event = GenerationEvent::Prefilled { logits: wanted.then(|| logits.to_vec()) };
-        let _ = self.request.events.send(Ok(event));
+    pub fn report_prefilled(&self, prediction: &Prediction) {
+        let logits = match prediction {
+            Prediction::Logits(logits) if self.request.options.prompt_logits => Some(logits.clone()),
+            _ => None,
+        };
+        let _ = self.request.events.send(Ok(GenerationEvent::Prefilled { logits }));
     }
 
     /// Samples, tells the caller, and says whether that was the end.
-    pub fn choose(&mut self, logits: &[f32], limits: &Limits) -> Result<Option<FinishReason>> {
+    pub fn choose(&mut self, prediction: &Prediction, limits: &Limits) -> Result<Option<FinishReason>> {
         let options = &self.request.options;
         let generated = self.generated();
         if generated >= options.max_tokens {
             return Ok(Some(FinishReason::Length)); // max_tokens is 0
         }
-        let sampled = self.sampler.sample(logits)?;
+        let sampled = match prediction {
+            Prediction::Logits(logits) => self.sampler.sample(logits)?,
+            Prediction::Best(best) => self.sampler.sample_best(best)?,
+        };
         self.tokens.push(sampled.token);
         let now = Instant::now();
         self.first_token.get_or_insert(now.saturating_duration_since(self.request.submitted));
