@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::hint::black_box;
 use std::str::FromStr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
@@ -107,6 +107,38 @@ pub struct Cpu {
     pub isa: Isa,
 }
 
+/// Whose work a device takes now: one thread's at a time, where several stages and links use it.
+///
+/// An Apple GPU has turns. Candle's Metal device keeps one list of commands for all threads, and one table of what its
+/// encoders have written, which is emptied as soon as a thread has waited for its own commands: those of another thread
+/// would then no longer be waited for, and a thread that waits may find that another has taken the commands it waits for.
+/// So a thread has the turn from its first command until all of them are done or, where nobody reads what they write but
+/// later commands, are in the list. Stages that share a GPU share its time in any case.
+///
+/// A CUDA device has none: the commands of its one stream run in the order in which they came, from whatever thread. Nor
+/// has a CPU, whose pools serve one caller after the other.
+#[derive(Debug, Clone, Default)]
+pub struct Turns(Option<Arc<Mutex<()>>>);
+
+/// Holds a device's turn until it is dropped.
+#[must_use = "the turn ends when this is dropped"]
+pub struct Turn<'a> {
+    _turn: Option<MutexGuard<'a, ()>>,
+}
+
+impl Turns {
+    /// Those of a device that has just been opened.
+    pub fn of(spec: DeviceSpec) -> Turns {
+        Turns(matches!(spec, DeviceSpec::Metal(_)).then(Arc::default))
+    }
+
+    /// Waits for the turn. Whoever has it waits for no other device's, and for no other stage.
+    pub fn take(&self) -> Turn<'_> {
+        // What a thread that panicked has left in the list runs before what the next one adds.
+        Turn { _turn: self.0.as_deref().map(|turn| turn.lock().unwrap_or_else(PoisonError::into_inner)) }
+    }
+}
+
 /// A device that has been opened: candle's handle, and for a CPU the stage's threads.
 #[derive(Clone)]
 pub struct OpenDevice {
@@ -116,6 +148,8 @@ pub struct OpenDevice {
     pub device: Device,
     /// Threads and instructions of a CPU stage, `None` on a GPU.
     pub cpu: Option<Cpu>,
+    /// Shared by all that use the device.
+    pub turns: Turns,
 }
 
 impl fmt::Debug for OpenDevice {
@@ -129,7 +163,7 @@ impl OpenDevice {
     /// named plain `cpu`, and a pool of its own for each `cpu@threads=N`. CPU stages compute with `isa`. A device that is
     /// not there is an error.
     pub fn open_all(specs: &[DeviceSpec], isa: Isa) -> Result<Vec<OpenDevice>> {
-        let mut gpus: BTreeMap<DeviceSpec, Device> = BTreeMap::new();
+        let mut gpus: BTreeMap<DeviceSpec, OpenDevice> = BTreeMap::new();
         let mut shared_pool: Option<Arc<Pool>> = None;
         let mut open = Vec::with_capacity(specs.len());
         for &spec in specs {
@@ -140,15 +174,15 @@ impl OpenDevice {
                         (None, None) => shared_pool.insert(new_pool(available_threads())?).clone(),
                         (Some(threads), _) => new_pool(threads)?,
                     };
-                    OpenDevice { spec, device: Device::Cpu, cpu: Some(Cpu { pool, isa }) }
+                    OpenDevice { spec, device: Device::Cpu, cpu: Some(Cpu { pool, isa }), turns: Turns::of(spec) }
                 }
-                gpu => {
-                    let device = match gpus.get(&gpu) {
-                        Some(device) => device.clone(),
-                        None => gpus.entry(gpu).or_insert(open_gpu(gpu)?).clone(),
-                    };
-                    OpenDevice { spec, device, cpu: None }
-                }
+                gpu => match gpus.get(&gpu) {
+                    Some(opened) => opened.clone(),
+                    None => {
+                        let opened = OpenDevice { spec, device: open_gpu(gpu)?, cpu: None, turns: Turns::of(gpu) };
+                        gpus.entry(gpu).or_insert(opened).clone()
+                    }
+                },
             };
             open.push(opened);
         }
@@ -405,6 +439,34 @@ mod tests {
         assert!(Arc::ptr_eq(pool(0), pool(1)));
         assert!(!Arc::ptr_eq(pool(2), pool(3)));
         assert_eq!(pool(2).threads(), 1);
+    }
+
+    #[test]
+    fn an_apple_gpu_has_one_turn_for_all_threads_and_other_devices_need_none() {
+        let busy = |turns: &Turns| turns.0.as_ref().map(|turn| turn.try_lock().is_err());
+        let turns = Turns::of(DeviceSpec::Metal(0));
+        let (shared, other) = (turns.clone(), Turns::of(DeviceSpec::Metal(1)));
+        let turn = turns.take();
+        assert_eq!((busy(&shared), busy(&other)), (Some(true), Some(false)));
+        drop(turn);
+        assert_eq!(busy(&shared), Some(false));
+        for spec in [DeviceSpec::CPU, DeviceSpec::Cpu { threads: Some(2) }, DeviceSpec::Cuda(0)] {
+            let turns = Turns::of(spec);
+            let _both = (turns.take(), turns.take());
+            assert_eq!(busy(&turns), None, "{spec}");
+        }
+    }
+
+    #[test]
+    fn a_turn_outlives_a_panic() {
+        let turns = Turns::of(DeviceSpec::Metal(0));
+        let shared = turns.clone();
+        let panicked = std::thread::spawn(move || {
+            let _turn = shared.take();
+            panic!("the test wants this panic");
+        });
+        assert!(panicked.join().is_err());
+        let _turn = turns.take();
     }
 
     #[test]

@@ -1,5 +1,5 @@
 //! A Metal stage on a real GPU against the CPU backend: the fused path, candle's, and the change from one to the other;
-//! weights in the mapped file, and tokens found on the GPU.
+//! weights in the mapped file, tokens found on the GPU, and two stages on one.
 #![cfg(all(feature = "metal", target_os = "macos"))]
 
 mod common;
@@ -11,8 +11,9 @@ use candle_pipeline::backend::{
     MicroBatch, Prediction, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource, Wanted,
 };
 use candle_pipeline::instrument::Watch;
-use candle_pipeline::{DeviceSpec, MetalExtOptions};
+use candle_pipeline::{DEMO_MODEL, DeviceSpec, MetalExtOptions};
 use common::stages::{Widened, best, largest_difference, source_of, step, write_demo};
+use common::{executor, greedy};
 
 const CPU: DeviceSpec = DeviceSpec::Cpu { threads: Some(1) };
 const GPU: DeviceSpec = DeviceSpec::Metal(0);
@@ -128,5 +129,17 @@ fn tokens_found_on_the_gpu_are_the_most_likely_of_its_logits() {
             _ => Prediction::Logits(logits),
         };
         assert_eq!(found, expected);
+    }
+}
+
+#[tokio::test]
+async fn two_stages_on_one_gpu_generate_what_one_does() {
+    let one = executor(DEMO_MODEL, "metal:0", None).await.unwrap();
+    let two = executor(DEMO_MODEL, "metal:0,metal:0", Some(&[4, 4])).await.unwrap();
+    let prompts: Vec<Vec<u32>> = (0..6).map(|seed| (0..9).map(|i| 4 + (seed * 97 + i * 13) % 700).collect()).collect();
+    let (one, two) = (one.infer_batch_with(&prompts, &greedy(64)), two.infer_batch_with(&prompts, &greedy(64)));
+    let (one, two) = (one.await.unwrap(), two.await.unwrap());
+    for (one, two) in one.iter().zip(&two) {
+        assert_eq!(one.tokens, two.tokens);
     }
 }

@@ -4,8 +4,10 @@
 //! lies between them. candle sets that barrier when a dispatch reads what one before it wrote, and knows so only from how
 //! buffers were bound. So inputs and outputs are bound as such here, and a region that is read and written as an output.
 //!
-//! One thread submits: the encoder borrows candle's command encoder, which is locked while it is held. Nothing may be
-//! allocated meanwhile, so whoever encodes a step has its buffers before it begins.
+//! One thread submits at a time: the encoder borrows candle's command encoder, which is locked while it is held. Nothing
+//! may be allocated meanwhile, so whoever encodes a step has its buffers before it begins. That lock is let go between
+//! steps, and candle forgets what other threads have in flight when one has waited for its own: threads that share a device
+//! take turns from the first command until they have waited, which is the caller's to see to.
 
 use std::collections::HashMap;
 

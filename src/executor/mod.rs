@@ -704,6 +704,10 @@ fn start_stages(
     let total = pipeline.stages().iter().map(|stage| stage.weight_bytes).sum();
     let loaded = Arc::new(AtomicU64::new(0));
     let (ready, readiness) = std::sync::mpsc::channel();
+    // Before any stage loads: a link is tried in its devices' turns, which a stage has for as long as it loads.
+    let devices = pipeline.devices();
+    let links = devices.windows(2).map(|pair| Link::new(&pair[0], &pair[1], pipeline.options().link));
+    let mut links = links.collect::<Result<Vec<Link>>>()?;
     let mut threads = Vec::with_capacity(count);
     let mut counters = vec![Arc::default(); count];
     // From the last stage to the first, since each is given the way into the next.
@@ -711,22 +715,15 @@ fn start_stages(
     for stage in (0..count).rev() {
         // Enough for the steps and for many sequences to be opened and closed behind a step that takes long.
         let (sender, stage_inbox) = inbox(2 * count + 2 * options.max_sequences.min(1024));
-        let device = pipeline.devices()[stage].clone();
-        let way_on = match next.take() {
-            None => Next::Scheduler,
-            Some(sender) => {
-                let target = &pipeline.devices()[stage + 1].device;
-                Next::Stage(sender, Link::new(&device.device, target, pipeline.options().link)?)
-            }
-        };
+        let way_on = next.take().and_then(|sender| Some(Next::Stage(sender, links.pop()?)));
         let counter: Arc<StageCounters> = Arc::default();
         counters[stage] = counter.clone();
         let replies = to_scheduler.clone();
         let worker = Worker {
             stage,
-            device: device.clone(),
+            device: devices[stage].clone(),
             inbox: stage_inbox,
-            next: way_on,
+            next: way_on.unwrap_or(Next::Scheduler),
             replies: Box::new(move |reply| {
                 let _ = replies.send(Message::Stage(reply));
             }),
@@ -800,7 +797,11 @@ impl LoadStage {
                 progress(loaded, self.total);
             }
         };
-        let backend = self.pipeline.stage_source(self.stage).load(&progress)?;
+        let source = self.pipeline.stage_source(self.stage);
+        let backend = {
+            let _turn = source.device.turns.take();
+            source.load(&progress)?
+        };
         Ok(match &self.options.wrap_backend {
             Some(wrap) => wrap(self.stage, backend),
             None => backend,

@@ -206,7 +206,7 @@ impl Subject<'_> {
                 match cache.links.get(&key) {
                     Some(cost) => *cost,
                     None => {
-                        let measured = self.measure_link(&source.device, &target.device, dtype, hand_over(cache)?)?;
+                        let measured = self.measure_link(source, target, dtype, hand_over(cache)?)?;
                         cache.links.insert(key, measured);
                         measured
                     }
@@ -349,15 +349,15 @@ impl Subject<'_> {
         Ok(Bench { backend, device, activations, depth, prefill_rows, eviction })
     }
 
-    fn measure_link(&self, source: &Device, target: &Device, dtype: DType, hand_over: f64) -> Result<LinkCost> {
+    fn measure_link(&self, source: &OpenDevice, target: &OpenDevice, dtype: DType, hand_over: f64) -> Result<LinkCost> {
         let link = Link::new(source, target, LinkOptions { simulated: None, ..self.link })?;
         let seconds = |rows: usize| {
-            let x = Tensor::ones((rows, self.config.hidden_size), dtype, source)?;
+            let x = Tensor::ones((rows, self.config.hidden_size), dtype, &source.device)?;
             typical(|| {
-                source.synchronize()?;
+                source.device.synchronize()?;
                 let began = Instant::now();
                 link.send(x.clone())?;
-                target.synchronize()?;
+                target.device.synchronize()?;
                 Ok(began.elapsed().as_secs_f64())
             })
         };

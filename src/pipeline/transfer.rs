@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::device::OpenDevice;
 use crate::error::{Error, Result};
 
 /// The type that activations have on their way. A stage always gets the type that the one before computed.
@@ -93,7 +94,8 @@ pub struct LinkOptions {
 /// The way between two stages, chosen and checked once when the stages start.
 #[derive(Debug)]
 pub struct Link {
-    target: Device,
+    source: OpenDevice,
+    target: OpenDevice,
     route: Route,
     options: LinkOptions,
     /// When the simulated link has sent all that it was given.
@@ -138,8 +140,9 @@ impl Link {
     /// The link between two devices. Whatever crosses devices is tried with known patterns, since copies between devices
     /// have silently delivered zeros or what was sent before on some machines. A direct way that does is given up for
     /// the host's memory; if that fails too, it is an error.
-    pub fn new(source: &Device, target: &Device, options: LinkOptions) -> Result<Link> {
+    pub fn new(source: &OpenDevice, target: &OpenDevice, options: LinkOptions) -> Result<Link> {
         let link = |route| Link {
+            source: source.clone(),
             target: target.clone(),
             route,
             options,
@@ -147,18 +150,19 @@ impl Link {
             #[cfg(feature = "cuda")]
             staging: Default::default(),
         };
-        if source.same_device(target) && options.simulated.is_none() {
+        let (from, to) = (&source.device, &target.device);
+        if from.same_device(to) && options.simulated.is_none() {
             return Ok(link(Route::SameDevice));
         }
         // Between two GPUs candle copies only from CUDA to CUDA.
-        let direct = source.is_cpu() || target.is_cpu() || (source.is_cuda() && target.is_cuda());
+        let direct = from.is_cpu() || to.is_cpu() || (from.is_cuda() && to.is_cuda());
         let routes: &[Route] = if direct { &[Route::Direct, Route::Host] } else { &[Route::Host] };
-        match first_that_delivers(routes, |route| link(route).delivers(source)) {
+        match first_that_delivers(routes, |route| link(route).delivers()) {
             Some(route) => Ok(link(route)),
             None => Err(Error::Tensors(format!(
                 "no way from {:?} to {:?} delivers what is sent; leave out one of these devices",
-                source.location(),
-                target.location()
+                from.location(),
+                to.location()
             ))),
         }
     }
@@ -170,15 +174,20 @@ impl Link {
 
     /// Whether patterns come out on the other side as they went in: two, so that a copy which leaves the first one in
     /// place is found, of more values than one page or one copy engine's packet has, and not a round number of them.
-    fn delivers(&self, source: &Device) -> Result<bool> {
+    fn delivers(&self) -> Result<bool> {
         const VALUES: u32 = (1 << 18) + 13;
         let wire = self.options.wire_type.map_or(DType::F32, WireType::dtype);
         for seed in [1u32, 2] {
             let value = |i: u32| ((i ^ seed << 20).wrapping_mul(2_654_435_761) >> 16) as f32 + 1.0;
             let pattern = Tensor::from_iter((0..VALUES).map(value), &Device::Cpu)?;
             let wanted = checksum(&pattern.to_dtype(wire)?.to_dtype(DType::F32)?)?;
-            let carried = self.carry(pattern.to_device(source)?)?;
-            if !carried.device().same_device(&self.target) || checksum(&carried)? != wanted {
+            let pattern = {
+                let _turn = self.source.turns.take();
+                pattern.to_device(&self.source.device)?
+            };
+            let carried = self.carry(pattern)?;
+            let _turn = self.target.turns.take();
+            if !carried.device().same_device(&self.target.device) || checksum(&carried)? != wanted {
                 return Ok(false);
             }
         }
@@ -203,21 +212,30 @@ impl Link {
             return Ok(activations);
         }
         let computed = activations.dtype();
-        let activations = activations.to_dtype(self.options.wire_type.map_or(computed, WireType::dtype))?;
-        let carried = match self.route {
-            // Candle copies the whole storage under a view, so a view becomes a tensor of its own first.
-            Route::Direct => activations.force_contiguous()?.to_device(&self.target)?,
-            Route::SameDevice | Route::Host => self.through_the_host(activations)?,
+        // One device's turn after the other's: two links with one each in hand could wait for each other's for ever.
+        let leaving = {
+            let _turn = self.source.turns.take();
+            self.leave(activations.to_dtype(self.options.wire_type.map_or(computed, WireType::dtype))?)?
         };
-        Ok(carried.to_dtype(computed)?)
+        let _turn = self.target.turns.take();
+        Ok(leaving.to_device(&self.target.device)?.to_dtype(computed)?)
     }
 
-    fn through_the_host(&self, activations: Tensor) -> Result<Tensor> {
+    /// The part of the way on which the source has something to do.
+    fn leave(&self, activations: Tensor) -> Result<Tensor> {
         #[cfg(feature = "cuda")]
-        if let Some(carried) = self.staging.borrow_mut().carry(&activations, &self.target)? {
+        if self.route == Route::Host
+            && let Some(carried) = self.staging.borrow_mut().carry(&activations, &self.target.device)?
+        {
             return Ok(carried);
         }
-        Ok(activations.force_contiguous()?.to_device(&Device::Cpu)?.to_device(&self.target)?)
+        // Candle copies the whole storage under a view, so a view becomes a tensor of its own first.
+        let activations = activations.force_contiguous()?;
+        match self.route {
+            Route::Direct if !activations.device().is_metal() => Ok(activations),
+            // What leaves an Apple GPU is in host memory in any case.
+            _ => Ok(activations.to_device(&Device::Cpu)?),
+        }
     }
 }
 
@@ -285,6 +303,12 @@ impl Staging {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::DeviceSpec;
+    use crate::kernels::simd::Isa;
+
+    fn cpu() -> OpenDevice {
+        OpenDevice::open_all(&[DeviceSpec::Cpu { threads: Some(1) }], Isa::detect()).unwrap().remove(0)
+    }
 
     fn values(tensor: Tensor) -> Vec<f32> {
         tensor.to_vec1().unwrap()
@@ -293,7 +317,7 @@ mod tests {
     #[test]
     fn stages_on_one_device_hand_the_tensor_over() {
         let options = LinkOptions { wire_type: Some(WireType::BF16), simulated: None };
-        let link = Link::new(&Device::Cpu, &Device::Cpu, options).unwrap();
+        let link = Link::new(&cpu(), &cpu(), options).unwrap();
         assert_eq!(link.route(), Route::SameDevice);
         let sent = Tensor::arange(0f32, 6f32, &Device::Cpu).unwrap();
         assert_eq!(link.send(sent.clone()).unwrap().into_activations().id(), sent.id());
@@ -324,7 +348,7 @@ mod tests {
         let sent = [0.1f32, -1.0 / 3.0, 1e30, 1e-20, 70_000.0];
         let carried = |wire_type, dtype| {
             let options = LinkOptions { wire_type, simulated: Some(slow) };
-            let link = Link::new(&Device::Cpu, &Device::Cpu, options).unwrap();
+            let link = Link::new(&cpu(), &cpu(), options).unwrap();
             let sent = Tensor::new(&sent, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
             let arrived = link.send(sent.clone()).unwrap().into_activations();
             assert_eq!(arrived.dtype(), dtype, "a stage gets the type that the one before computed");
@@ -348,7 +372,7 @@ mod tests {
         let simulated: SimulatedLink = "20, 4e5".parse().unwrap();
         assert_eq!(simulated.occupied(4000), Duration::from_millis(10));
         let options = LinkOptions { wire_type: None, simulated: Some(simulated) };
-        let link = Link::new(&Device::Cpu, &Device::Cpu, options).unwrap();
+        let link = Link::new(&cpu(), &cpu(), options).unwrap();
         let began = Instant::now();
         let x = Tensor::zeros(1000, DType::F32, &Device::Cpu).unwrap();
         let arrivals = [link.send(x.clone()).unwrap(), link.send(x).unwrap()];

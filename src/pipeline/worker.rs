@@ -235,9 +235,12 @@ impl Worker {
     fn serve(&self, backend: &mut dyn StageBackend, message: StageMessage, state: &mut State) {
         match message {
             StageMessage::Open { id, capacity, prefix } => {
-                let opened = match prefix {
-                    None => backend.open(id, capacity),
-                    Some((from, len)) => backend.fork(from, id, len, capacity),
+                let opened = {
+                    let _turn = self.device.turns.take();
+                    match prefix {
+                        None => backend.open(id, capacity),
+                        Some((from, len)) => backend.fork(from, id, len, capacity),
+                    }
                 };
                 match opened {
                     Ok(()) => self.pass_on(StageMessage::Open { id, capacity, prefix }),
@@ -261,6 +264,9 @@ impl Worker {
                 (self.replies)(StageReply::Done { step, predictions: Vec::new(), slowest: times.slowest });
             }
             StageMessage::Step { step, batch, input, cancelled, mut times, hidden } => {
+                // While another stage has the device's turn, this one waits and does not compute. The turn ends before
+                // anything is handed on: a full inbox may belong to a stage on the same device.
+                let turn = self.device.turns.take();
                 let received = Instant::now();
                 let wait = received.saturating_duration_since(state.idle_since.max(times.work_since));
                 let queued = received.saturating_duration_since(times.sent);
@@ -277,6 +283,7 @@ impl Worker {
                     Ok((batch, output))
                 };
                 let output = forward(backend);
+                drop(turn);
                 let computed = Instant::now();
                 let compute = computed - received;
                 let bytes = match (&output, &self.next) {
@@ -360,7 +367,11 @@ impl Worker {
         // Stage by stage and layer by layer they came; the sort keeps that order within a row.
         hidden.sort_by_key(row);
         for rows in hidden.chunk_by(|a, b| row(a) == row(b)) {
-            match backend.lens(rows) {
+            let lens = {
+                let _turn = self.device.turns.take();
+                backend.lens(rows)
+            };
+            match lens {
                 Ok(logits) => {
                     let logits: Vec<_> = rows.iter().map(|row| row.layer).zip(logits).collect();
                     let (request, position) = row(&rows[0]);
@@ -401,4 +412,120 @@ pub fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
 /// The sending half of a stage's inbox and the receiving one. Bounded: a stage that falls behind holds up the one before.
 pub fn inbox(messages: usize) -> (SyncSender<StageMessage>, Receiver<StageMessage>) {
     std::sync::mpsc::sync_channel(messages)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+
+    use super::super::transfer::LinkOptions;
+    use super::*;
+    use crate::backend::{SequenceSlice, StageBytes, Wanted};
+    use crate::device::{DeviceSpec, Turns};
+    use crate::instrument::Watch;
+
+    /// A stage that computes nothing for a while, and notices when another one does so at the same time.
+    struct Slow {
+        is_last: bool,
+        computing: Arc<AtomicU64>,
+        overlaps: Arc<AtomicU64>,
+    }
+
+    impl StageBackend for Slow {
+        fn open(&mut self, _: SequenceId, _: usize) -> Result<()> {
+            Ok(())
+        }
+
+        fn fork(&mut self, _: SequenceId, _: SequenceId, _: usize, _: usize) -> Result<()> {
+            Ok(())
+        }
+
+        fn close(&mut self, _: SequenceId) {}
+
+        fn forward(&mut self, _: &MicroBatch, _: Option<Tensor>, _: &mut Watch) -> Result<StageOutput> {
+            let others = self.computing.fetch_add(1, Ordering::SeqCst);
+            self.overlaps.fetch_add(others, Ordering::SeqCst);
+            std::thread::sleep(Duration::from_millis(2));
+            self.computing.fetch_sub(1, Ordering::SeqCst);
+            Ok(match self.is_last {
+                true => StageOutput::Logits(vec![vec![0.0]]),
+                false => StageOutput::Activations(Tensor::zeros((1, 8), DType::F32, &Device::Cpu)?),
+            })
+        }
+
+        fn lens(&mut self, _: &[HiddenRow]) -> Result<Vec<Vec<f32>>> {
+            Ok(Vec::new())
+        }
+
+        fn bytes(&self) -> StageBytes {
+            StageBytes::default()
+        }
+    }
+
+    /// Two stages with these turns and inboxes for two messages run 20 steps; how often both computed.
+    fn overlaps_of_two_stages(turns: [Turns; 2]) -> u64 {
+        let (computing, overlaps) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
+        let devices = turns.map(|turns| OpenDevice { spec: DeviceSpec::CPU, device: Device::Cpu, cpu: None, turns });
+        let (to_first, first_inbox) = inbox(2);
+        let (to_second, second_inbox) = inbox(2);
+        let link = Link::new(&devices[0], &devices[1], LinkOptions::default()).unwrap();
+        let (replies, answers) = std::sync::mpsc::channel();
+        let ways = [(first_inbox, Next::Stage(to_second, link)), (second_inbox, Next::Scheduler)];
+        let threads: Vec<_> = ways
+            .into_iter()
+            .zip(devices)
+            .enumerate()
+            .map(|(stage, ((inbox, next), device))| {
+                let replies = replies.clone();
+                let backend = Slow { is_last: stage == 1, computing: computing.clone(), overlaps: overlaps.clone() };
+                let worker = Worker {
+                    stage,
+                    device,
+                    inbox,
+                    next,
+                    replies: Box::new(move |reply| replies.send(reply).unwrap()),
+                    counters: Arc::default(),
+                    stopping: Arc::default(),
+                    probe: Probe::default(),
+                };
+                std::thread::spawn(move || worker.run(Box::new(backend)))
+            })
+            .collect();
+        let sender = std::thread::spawn(move || {
+            for step in 0..20 {
+                let (id, wanted) = (SequenceId(1), Wanted::Best(1));
+                let slice = SequenceSlice { id, position: step as usize, len: 1, length: step as usize + 1, wanted };
+                let batch = MicroBatch { slices: vec![slice], tokens: vec![0] };
+                let times = StepTimes::sent_now(Instant::now());
+                let (cancelled, hidden) = (Arc::default(), Vec::new());
+                let message = StageMessage::Step { step, batch, input: None, cancelled, times, hidden };
+                to_first.send(message).unwrap();
+            }
+        });
+        for step in 0..20 {
+            // Stages that waited for each other would never answer.
+            match answers.recv_timeout(Duration::from_secs(20)).expect("an answer") {
+                StageReply::Done { step: done, predictions, .. } => {
+                    assert_eq!((done, predictions), (step, vec![(SequenceId(1), Prediction::Logits(vec![0.0]))]));
+                }
+                _ => panic!("step {step} failed"),
+            }
+        }
+        sender.join().unwrap();
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        overlaps.load(Ordering::SeqCst)
+    }
+
+    #[test]
+    fn stages_on_one_apple_gpu_compute_one_after_the_other() {
+        let shared = Turns::of(DeviceSpec::Metal(0));
+        assert_eq!(overlaps_of_two_stages([shared.clone(), shared]), 0);
+    }
+
+    #[test]
+    fn stages_on_two_devices_compute_at_the_same_time() {
+        let two = [Turns::of(DeviceSpec::Metal(0)), Turns::of(DeviceSpec::Metal(1))];
+        assert!(overlaps_of_two_stages(two) > 0);
+        assert!(overlaps_of_two_stages([Turns::of(DeviceSpec::CPU), Turns::of(DeviceSpec::CPU)]) > 0);
+    }
 }
