@@ -14,6 +14,7 @@ use candle_pipeline::instrument::{HiddenRow, Watch};
 use candle_pipeline::{
     DEMO_MODEL, ExecutorOptions, Generation, GenerationOptions, HeterogeneousPipelineExecutor, Result,
 };
+use common::stages::most_likely;
 use common::{executor, executor_with};
 
 /// Looks for the most likely tokens in the logits of the stage that it is around.
@@ -33,13 +34,6 @@ struct Shared {
     always: AtomicUsize,
 }
 
-fn best(logits: &[f32], k: usize) -> Vec<(u32, f32)> {
-    let mut all: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
-    all.sort_by(|(_, a), (_, b)| b.partial_cmp(a).unwrap());
-    all.truncate(k);
-    all
-}
-
 impl Searching {
     fn answer(&self, slice: &SequenceSlice, logits: Vec<f32>) -> Prediction {
         let k = match (self.shared.always.load(Ordering::SeqCst), slice.wanted) {
@@ -51,7 +45,7 @@ impl Searching {
             (k, _) => k,
         };
         self.shared.best.fetch_add(1, Ordering::SeqCst);
-        Prediction::Best(best(&logits, k))
+        Prediction::Best(most_likely(&logits, k))
     }
 }
 

@@ -12,7 +12,7 @@ use candle_pipeline::backend::{
 };
 use candle_pipeline::instrument::Watch;
 use candle_pipeline::{DEMO_MODEL, DeviceSpec, MetalExtOptions};
-use common::stages::{Widened, best, largest_difference, source_of, step, write_demo};
+use common::stages::{Widened, best, largest_difference, most_likely, source_of, step, write_demo};
 use common::{executor, greedy};
 
 const CPU: DeviceSpec = DeviceSpec::Cpu { threads: Some(1) };
@@ -120,12 +120,7 @@ fn tokens_found_on_the_gpu_are_the_most_likely_of_its_logits() {
     };
     for ((found, logits), wanted) in found.into_iter().zip(logits).zip(wanted) {
         let expected = match wanted {
-            Wanted::Best(k) => {
-                let mut all: Vec<(u32, f32)> = (0..).zip(logits).collect();
-                all.sort_by(|(_, a), (_, b)| b.partial_cmp(a).unwrap());
-                all.truncate(k);
-                Prediction::Best(all)
-            }
+            Wanted::Best(k) => Prediction::Best(most_likely(&logits, k)),
             _ => Prediction::Logits(logits),
         };
         assert_eq!(found, expected);

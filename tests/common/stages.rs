@@ -80,6 +80,14 @@ pub fn best(logits: &[f32]) -> u32 {
     best.map_or(0, |(token, _)| token as u32)
 }
 
+/// The `k` likeliest tokens with their logits, the lowest id first among equals.
+pub fn most_likely(logits: &[f32], k: usize) -> Vec<(u32, f32)> {
+    let mut all: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
+    all.sort_by(|(_, a), (_, b)| b.partial_cmp(a).unwrap());
+    all.truncate(k);
+    all
+}
+
 /// The largest difference between two rows of logits.
 pub fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
