@@ -6,11 +6,11 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use candle_pipeline::instrument::queue::{Listener, Queue, QueueOptions, listen};
 use candle_pipeline::instrument::session_log::{SCHEMA_VERSION, SessionLog, SessionLogLevel, SessionLogOptions};
-use candle_pipeline::instrument::{Event, Probe};
+use candle_pipeline::instrument::{Event, Probe, StepOutcome, StepSlice};
 use candle_pipeline::{DEMO_MODEL, ExecutorOptions, Tokenizer};
 use common::{executor_with, greedy};
 use jsonschema::Validator;
@@ -62,7 +62,9 @@ const PROMPT: [u32; 12] = [1, 40, 300, 17, 8, 9, 55, 700, 3, 77, 21, 6];
 async fn logged(path: &Path, level: SessionLogLevel) {
     let tokenizer = Tokenizer::from_hf_dir(Path::new(DEMO_MODEL)).unwrap().unwrap();
     let detokenise = Arc::new(move |tokens: &[u32]| tokenizer.decode(tokens, true).ok());
-    let options = SessionLogOptions { level, detokenise: Some(detokenise), ..SessionLogOptions::new(path) };
+    let steps_every = Duration::ZERO;
+    let options =
+        SessionLogOptions { level, steps_every, detokenise: Some(detokenise), ..SessionLogOptions::new(path) };
     let (queue, listener) = start(options);
     let options = ExecutorOptions { probe: Probe::new(queue), ..ExecutorOptions::default() };
     let executor = executor_with(DEMO_MODEL, "cpu,cpu", Some(&[5, 3]), options).await.unwrap();
@@ -250,6 +252,57 @@ fn files_change_by_size_and_each_can_be_read_alone() {
     // Another session goes on in the same files, with one kept.
     drop(start(SessionLogOptions { keep: 1, ..options }));
     assert_eq!(lines(&path, &validator).last().unwrap()["event"], "session_end");
+}
+
+#[test]
+fn decode_steps_that_come_fast_are_told_in_part_and_counted() {
+    let (folder, validator) = (tempfile::tempdir().unwrap(), validator());
+    for (level, every, told) in [
+        (SessionLogLevel::Detailed, Duration::from_millis(1), vec![0, 3, 4, 6]),
+        (SessionLogLevel::Detailed, Duration::ZERO, (0..7).collect()),
+        (SessionLogLevel::Verbose, Duration::from_millis(1), (0..7).collect()),
+    ] {
+        let path = folder.path().join(format!("{level}-{}.jsonl", every.as_millis()));
+        let options = SessionLogOptions { level, steps_every: every, ..SessionLogOptions::new(&path) };
+        let (queue, listener) = start(options);
+        let probe = Probe::new(queue);
+        probe.emit(|| Event::ModelOpened(Arc::default()));
+        let began = Instant::now();
+        for (step, (micros, prefill)) in (0..).zip([
+            (0, false),
+            (400, false),
+            (900, false),
+            (1100, false),
+            (1200, true), // a prompt is always told
+            (2100, false),
+            (2200, false),
+        ]) {
+            let at = began + Duration::from_micros(micros);
+            let slices = vec![StepSlice { request: 1, position: 5, rows: 1, prefill }];
+            probe.emit_at(at, || Event::StepSent { step, slices });
+            let (rows, bytes, none) = (1, 0, Duration::ZERO);
+            probe.emit_at(at, || Event::StageStep {
+                stage: 0,
+                step,
+                rows,
+                bytes,
+                queued: none,
+                wait: none,
+                compute: none,
+                copy: none,
+            });
+            probe.emit_at(at, || Event::StepFinished { step, outcome: StepOutcome::Computed });
+        }
+        drop(listener);
+        let lines = lines(&path, &validator);
+        for step_type in ["inference_step", "stage"] {
+            let ends = of(&lines, "step_end").into_iter().filter(|line| line["step_type"] == step_type);
+            let steps: Vec<u64> = ends.map(|line| line["step_id"].as_u64().unwrap()).collect();
+            assert_eq!(steps, told, "{level} {step_type}");
+        }
+        let end = lines.last().unwrap();
+        assert_eq!((end["steps"].as_u64(), end["steps_told"].as_u64()), (Some(7), Some(told.len() as u64)));
+    }
 }
 
 /// Names the file that a child of this test logs to, and what it does all the while.

@@ -3,11 +3,15 @@
 //! memory of a few layers and the head.
 //!
 //! Looking up embeddings is a copy of one row a token and counts as nothing.
+//!
+//! CPU devices share the machine's memory, and each is slower while others compute. How much is measured too, by letting
+//! all of them do the same at once: [`DeviceCost::crowded`].
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
@@ -84,12 +88,19 @@ impl StepSeconds {
     }
 }
 
+fn always() -> f64 {
+    1.0
+}
+
 fn is_sound(seconds: f64) -> bool {
     seconds.is_finite() && seconds >= 0.0
 }
 
+/// (rows, factor) by rising rows: how many times as long a decode step takes while the other CPU devices do the same.
+pub type Crowded = Vec<(usize, f64)>;
+
 /// What a model costs on one device.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DeviceCost {
     /// Each layer.
     pub layers: Vec<StepSeconds>,
@@ -97,6 +108,19 @@ pub struct DeviceCost {
     pub head: StepSeconds,
     /// Seconds of each micro-batch that do not depend on the number of layers: waking threads, launching, waiting.
     pub step: f64,
+    /// What sharing the host's memory with the other CPU devices costs; empty where it is not shared.
+    #[serde(skip)]
+    pub crowded: Crowded,
+    /// Part of the time that it is busy in which it uses the memory: less than 1 where waiting makes it slower.
+    #[serde(skip, default = "always")]
+    pub uses_memory: f64,
+}
+
+impl Default for DeviceCost {
+    fn default() -> Self {
+        let (layers, head, crowded) = Default::default();
+        DeviceCost { layers, head, step: 0.0, crowded, uses_memory: always() }
+    }
 }
 
 impl DeviceCost {
@@ -104,7 +128,14 @@ impl DeviceCost {
     pub fn slowed(mut self, factor: f64) -> Self {
         self.layers.iter_mut().chain([&mut self.head]).for_each(|step| step.slowed(factor));
         self.step *= factor;
+        self.uses_memory /= factor;
         self
+    }
+
+    /// The factor for `rows` rows: measured, or that of the nearest measurement that is not above.
+    pub fn crowded(&self, rows: usize) -> f64 {
+        let above = self.crowded.partition_point(|&(measured, _)| measured <= rows);
+        self.crowded.get(above.saturating_sub(1)).map_or(1.0, |&(_, factor)| factor)
     }
 
     fn is_sound(&self) -> bool {
@@ -165,16 +196,8 @@ pub struct Subject<'a> {
 impl Subject<'_> {
     /// Measures layers and head on a device whose rotary tables are `ropes`, or takes what `cache` has.
     pub fn device_cost(&self, device: &OpenDevice, ropes: &Arc<Ropes>, cache: &mut CostCache) -> Result<DeviceCost> {
-        let (layers, rows) = (self.config.num_hidden_layers, self.decode_rows().last().copied().unwrap_or(1));
-        let key = format!(
-            "{}{}; {layers} layers of {}x{}, {:016x}; up to {rows} rows at position {}",
-            hardware_name(device.spec),
-            self.computes_with(device),
-            self.config.hidden_size,
-            self.config.intermediate_size,
-            self.fingerprint()?,
-            self.depth(),
-        );
+        let layers = self.config.num_hidden_layers;
+        let key = format!("{}; {}", self.names(&[device]), self.steps()?);
         if let Some(cost) = cache.devices.get(&key).filter(|cost| cost.layers.len() == layers) {
             return Ok(cost.clone());
         }
@@ -182,6 +205,35 @@ impl Subject<'_> {
         let cost = self.measure_device(device, ropes)?;
         cache.devices.insert(key, cost.clone());
         Ok(cost)
+    }
+
+    /// What sharing the host's memory costs each of these CPU devices while all of them decode, or what `cache` has.
+    pub fn crowded(&self, devices: &[(&OpenDevice, &Arc<Ropes>)], cache: &mut CostCache) -> Result<Vec<Crowded>> {
+        let names: Vec<&OpenDevice> = devices.iter().map(|(device, _)| *device).collect();
+        let key = format!("{}; {}", self.names(&names), self.steps()?);
+        if let Some(crowds) = cache.crowds.get(&key).filter(|crowds| crowds.len() == devices.len()) {
+            return Ok(crowds.clone());
+        }
+        tracing::info!("measuring {key}");
+        let crowds = self.measure_crowd(devices)?;
+        cache.crowds.insert(key, crowds.clone());
+        Ok(crowds)
+    }
+
+    fn names(&self, devices: &[&OpenDevice]) -> String {
+        let name = |device: &&OpenDevice| format!("{}{}", hardware_name(device.spec), self.computes_with(device));
+        devices.iter().map(name).collect::<Vec<_>>().join(" beside ")
+    }
+
+    /// What is computed, in a key of the cache.
+    fn steps(&self) -> Result<String> {
+        let DecoderConfig { num_hidden_layers, hidden_size, intermediate_size, .. } = **self.config;
+        let (fingerprint, depth) = (self.fingerprint()?, self.depth());
+        let rows = self.decode_rows().last().copied().unwrap_or(1);
+        Ok(format!(
+            "{num_hidden_layers} layers of {hidden_size}x{intermediate_size}, {fingerprint:016x}; up to {rows} rows at \
+             position {depth}"
+        ))
     }
 
     /// What makes a difference on one and the same device.
@@ -306,7 +358,34 @@ impl Subject<'_> {
             step = ((one_by_one - together) / between).clamp(0.0, least);
         }
         let layer = |representative: &usize| measured[representative].clone().less(step);
-        Ok(DeviceCost { layers: representatives.iter().map(layer).collect(), head, step })
+        let mut costs: Vec<StepSeconds> = representatives.iter().map(layer).collect();
+        if eviction.is_none() {
+            // One layer again and again stays nearer to the processor than all of them in turn.
+            let mut all = self.bench(0..layers, device, ropes, None)?;
+            for (index, rows) in self.decode_rows().into_iter().enumerate() {
+                let together = all.decode(rows, false)?;
+                scale(costs.iter_mut().map(|layer| &mut layer.decode[index].1).collect(), together - step);
+            }
+            let together = all.prefill()?;
+            scale(costs.iter_mut().map(|layer| &mut layer.prefill).collect(), together - step);
+        }
+        Ok(DeviceCost { layers: costs, head, step, ..DeviceCost::default() })
+    }
+
+    fn measure_crowd(&self, devices: &[(&OpenDevice, &Arc<Ropes>)]) -> Result<Vec<Crowded>> {
+        let layers = self.config.num_hidden_layers;
+        let run = layers.saturating_sub(MOST_LAYERS_AT_ONCE)..layers;
+        let benches = devices.iter().map(|(device, ropes)| self.bench(run.clone(), device, ropes, None));
+        let mut benches = benches.collect::<Result<Vec<_>>>()?;
+        let mut crowds = vec![Crowded::new(); devices.len()];
+        for rows in self.decode_rows() {
+            let alone = benches.iter_mut().map(|bench| bench.decode(rows, false)).collect::<Result<Vec<_>>>()?;
+            for ((crowd, alone), together) in crowds.iter_mut().zip(alone).zip(all_at_once(&mut benches, rows)?) {
+                let factor = together / alone;
+                crowd.push((rows, if factor.is_finite() { factor.max(1.0) } else { 1.0 }));
+            }
+        }
+        Ok(crowds)
     }
 
     /// Loads layers and opens sequences in them.
@@ -413,6 +492,34 @@ impl Bench<'_> {
     }
 }
 
+/// Seconds of a decode step of each while all of them compute.
+fn all_at_once(benches: &mut [Bench], rows: usize) -> Result<Vec<f64>> {
+    let (start, measuring) = (Barrier::new(benches.len()), AtomicUsize::new(benches.len()));
+    let decode = |bench: &mut Bench| {
+        start.wait();
+        let seconds = bench.decode(rows, false);
+        measuring.fetch_sub(1, Ordering::Relaxed);
+        // The others want company to the end.
+        while seconds.is_ok() && measuring.load(Ordering::Relaxed) > 0 {
+            bench.decode(rows, false)?;
+        }
+        seconds
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = benches.iter_mut().map(|bench| scope.spawn(|| decode(bench))).collect();
+        let ended = threads.into_iter().map(|thread| thread.join());
+        ended.map(|ended| ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+    })
+}
+
+/// Makes the seconds add up to `sum`, each in proportion.
+fn scale(seconds: Vec<&mut f64>, sum: f64) {
+    let factor = sum / seconds.iter().map(|seconds| **seconds).sum::<f64>();
+    if factor.is_finite() && factor > 0.0 {
+        seconds.into_iter().for_each(|seconds| *seconds *= factor);
+    }
+}
+
 /// The lower quartile of several runs, after one that is not counted, for it compiles kernels and touches memory. What
 /// else runs on the machine makes a run longer and never shorter, so the faster half tells more than the slower.
 fn typical(mut seconds: impl FnMut() -> Result<f64>) -> Result<f64> {
@@ -465,6 +572,7 @@ pub fn hand_over(cache: &mut CostCache) -> Result<f64> {
 pub struct CostCache {
     path: Option<PathBuf>,
     devices: Entries<DeviceCost>,
+    crowds: Entries<Vec<Crowded>>,
     links: Entries<LinkCost>,
 }
 
@@ -495,6 +603,12 @@ impl<T> Entries<T> {
     fn insert(&mut self, key: String, cost: T) {
         self.measured.insert(key, cost);
     }
+
+    fn all(self) -> BTreeMap<String, T> {
+        let mut all = self.stored;
+        all.extend(self.measured);
+        all
+    }
 }
 
 /// The file. Another version of the crate computes in another time, so its costs do not count.
@@ -502,6 +616,8 @@ impl<T> Entries<T> {
 struct CostFile {
     version: String,
     devices: BTreeMap<String, DeviceCost>,
+    #[serde(default)]
+    crowds: BTreeMap<String, Vec<Crowded>>,
     links: BTreeMap<String, LinkCost>,
 }
 
@@ -528,6 +644,7 @@ impl CostCache {
                 }
                 Ok(file)
                     if !file.devices.values().all(DeviceCost::is_sound)
+                        || !file.crowds.values().flatten().flatten().all(|&(_, factor)| is_sound(factor))
                         || !file.links.values().all(LinkCost::is_sound) =>
                 {
                     unusable("has times that are none".into());
@@ -540,10 +657,12 @@ impl CostCache {
                 }
             }
         });
-        let (devices, links) = stored.map_or_else(Default::default, |file| (file.devices, file.links));
+        let (devices, crowds, links) =
+            stored.map_or_else(Default::default, |file| (file.devices, file.crowds, file.links));
         CostCache {
             path: path.map(Path::to_path_buf),
             devices: Entries::new(devices, remeasure),
+            crowds: Entries::new(crowds, remeasure),
             links: Entries::new(links, remeasure),
         }
     }
@@ -552,13 +671,12 @@ impl CostCache {
     /// else, so it is only told of in a warning.
     pub fn save(self) {
         let Some(path) = self.path else { return };
-        if self.devices.measured.is_empty() && self.links.measured.is_empty() {
+        let Self { devices, crowds, links, .. } = self;
+        if devices.measured.is_empty() && crowds.measured.is_empty() && links.measured.is_empty() {
             return;
         }
-        let (mut devices, mut links) = (self.devices.stored, self.links.stored);
-        devices.extend(self.devices.measured);
-        links.extend(self.links.measured);
-        let file = CostFile { version: env!("CARGO_PKG_VERSION").to_string(), devices, links };
+        let version = env!("CARGO_PKG_VERSION").to_string();
+        let file = CostFile { version, devices: devices.all(), crowds: crowds.all(), links: links.all() };
         if let Err(error) = write_atomically(&path, &file) {
             tracing::warn!("{}: costs cannot be kept: {error}", path.display());
         }
@@ -590,7 +708,7 @@ mod tests {
 
     fn cost() -> DeviceCost {
         let step = step(&[(1, 0.25), (2, 0.5)]);
-        DeviceCost { layers: vec![step.clone(), step.clone()], head: step, step: 0.125 }
+        DeviceCost { layers: vec![step.clone(), step.clone()], head: step, step: 0.125, ..DeviceCost::default() }
     }
 
     /// A cache at `path` that has measured one device and one link, written.
@@ -628,13 +746,14 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("costs.json");
         write(&path);
+        let again = DeviceCost { step: 0.5, ..cost() };
         let mut cache = CostCache::open(Some(&path), true);
         assert_eq!(cache.devices.get("device"), None);
-        cache.devices.insert("device".into(), cost().slowed(3.0));
-        assert_eq!(cache.devices.get("device"), Some(&cost().slowed(3.0)), "once a run is enough");
+        cache.devices.insert("device".into(), again.clone());
+        assert_eq!(cache.devices.get("device"), Some(&again), "once a run is enough");
         cache.save();
         let cache = CostCache::open(Some(&path), false);
-        assert_eq!(cache.devices.get("device"), Some(&cost().slowed(3.0)));
+        assert_eq!(cache.devices.get("device"), Some(&again));
         assert!(cache.links.get("link").is_some());
     }
 

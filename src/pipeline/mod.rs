@@ -267,7 +267,16 @@ impl HeterogeneousPipeline {
                 problem.links[index][later] = subject.link_cost(device, target, &mut cache)?;
             }
         }
-        problem.scheduler = 2.0 * cost::hand_over(&mut cache)?;
+        let sharing = problem.distinct_processors();
+        let sharing: Vec<usize> = sharing.into_iter().filter(|&index| self.devices[index].cpu.is_some()).collect();
+        if sharing.len() > 1 {
+            let devices: Vec<_> = sharing.iter().map(|&index| (&self.devices[index], &self.ropes[index])).collect();
+            for (index, crowded) in sharing.into_iter().zip(subject.crowded(&devices, &mut cache)?) {
+                problem.devices[index].cost.crowded = crowded;
+            }
+        }
+        // The last stage's answer, the caller's wake-up, the way to the first stage.
+        problem.scheduler = 3.0 * cost::hand_over(&mut cache)?;
         cache.save();
         Ok(problem)
     }

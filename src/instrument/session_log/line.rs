@@ -35,6 +35,8 @@ pub enum Body<'a> {
     },
     SessionEnd {
         requests: u64,
+        steps: u64,
+        steps_told: u64,
         duration_us: f64,
     },
     TensorLog(&'a TensorFacts),

@@ -103,6 +103,10 @@ pub struct SessionLogOptions {
     pub level: SessionLogLevel,
     /// Size at which a new file is begun. `None` lets it grow.
     pub max_bytes: Option<u64>,
+    /// Micro-batches that only decode are told at most every so long, but all of them at [`SessionLogLevel::Verbose`];
+    /// zero tells all. A model that takes longer for a step has every step in its log; one that takes 0.1 ms would write
+    /// 20 MB a second.
+    pub steps_every: Duration,
     /// Files that are kept: `path`, and the ones before it as `path.1`, `path.2`, ..., the newest first.
     pub keep: usize,
     /// Adds the text of prompts and outputs. It is called on the log's thread.
@@ -113,7 +117,8 @@ impl SessionLogOptions {
     /// A detailed log in one file, without texts.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         let level = SessionLogLevel::default();
-        SessionLogOptions { path: path.into(), level, max_bytes: None, keep: 5, detokenise: None }
+        let steps_every = Duration::from_millis(1);
+        SessionLogOptions { path: path.into(), level, max_bytes: None, steps_every, keep: 5, detokenise: None }
     }
 
     fn validate(&self) -> Result<()> {
@@ -185,7 +190,12 @@ struct Session {
     lines: u64,
     requests: HashMap<u64, Request>,
     ended: u64,
+    /// Those in flight that are told.
     steps: BTreeMap<u64, MicroBatch>,
+    /// All steps so far, those that were told, and when the last of these was sent.
+    steps_sent: u64,
+    steps_told: u64,
+    step_told: Option<Instant>,
     /// When the layers of a step of each stage were last told.
     layers_told: HashMap<usize, Instant>,
 }
@@ -279,6 +289,9 @@ impl SessionLog {
             requests: HashMap::new(),
             ended: 0,
             steps: BTreeMap::new(),
+            steps_sent: 0,
+            steps_told: 0,
+            step_told: None,
             layers_told: HashMap::new(),
         });
         match self.options.max_bytes.is_some_and(|most| self.file.length() >= most) {
@@ -307,7 +320,8 @@ impl SessionLog {
     fn end_session(&mut self, at: Instant) {
         let Some(session) = &self.session else { return };
         let duration_us = micros(at.saturating_duration_since(session.began));
-        self.put(at, &Body::SessionEnd { requests: session.ended, duration_us });
+        let Session { ended: requests, steps_sent: steps, steps_told, .. } = *session;
+        self.put(at, &Body::SessionEnd { requests, steps, steps_told, duration_us });
         self.session = None;
         self.file.flush();
     }
@@ -379,7 +393,15 @@ impl SessionLog {
     }
 
     fn sent(&mut self, at: Instant, step_id: u64, slices: &[StepSlice]) {
+        let every = if self.has(SessionLogLevel::Verbose) { Duration::ZERO } else { self.options.steps_every };
         let Some(session) = &mut self.session else { return };
+        session.steps_sent += 1;
+        let due = session.step_told.is_none_or(|told| at.saturating_duration_since(told) >= every);
+        if !due && slices.iter().all(|slice| !slice.prefill) {
+            return;
+        }
+        session.steps_told += 1;
+        session.step_told = Some(at);
         let micro_batch = MicroBatch::of(slices, at);
         let begin = Body::StepBegin(micro_batch.step(step_id));
         session.steps.insert(step_id, micro_batch);
@@ -387,6 +409,11 @@ impl SessionLog {
         for &StepSlice { request, position, rows, prefill } in slices {
             self.put(at, &Body::StepRows { step_id, request, position, rows, prefill });
         }
+    }
+
+    /// Whether the step is one of those that are told.
+    fn tells(&self, step: u64) -> bool {
+        self.session.as_ref().is_some_and(|session| session.steps.contains_key(&step))
     }
 
     /// The request that a step is of alone.
@@ -532,6 +559,8 @@ impl Sink for SessionLog {
             }
             Event::Dropped { events } => self.put(at, &Body::Dropped { reason: "queue_full", count: *events }),
             _ if level < SessionLogLevel::Detailed => {}
+            Event::StageStep { step, .. } | Event::Phases { step, .. } | Event::Activations { step, .. }
+                if !self.tells(*step) => {}
             Event::PrefixReused { request, tokens } => {
                 self.put(at, &Body::PrefixReused { request: *request, tokens: *tokens });
             }
