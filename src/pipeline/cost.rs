@@ -363,7 +363,7 @@ impl Subject<'_> {
             // One layer again and again stays nearer to the processor than all of them in turn.
             let mut all = self.bench(0..layers, device, ropes, None)?;
             for (index, rows) in self.decode_rows().into_iter().enumerate() {
-                let together = all.decode(rows, false)?;
+                let together = all.decode(rows, Wanted::Nothing)?;
                 scale(costs.iter_mut().map(|layer| &mut layer.decode[index].1).collect(), together - step);
             }
             let together = all.prefill()?;
@@ -379,7 +379,8 @@ impl Subject<'_> {
         let mut benches = benches.collect::<Result<Vec<_>>>()?;
         let mut crowds = vec![Crowded::new(); devices.len()];
         for rows in self.decode_rows() {
-            let alone = benches.iter_mut().map(|bench| bench.decode(rows, false)).collect::<Result<Vec<_>>>()?;
+            let alone =
+                benches.iter_mut().map(|bench| bench.decode(rows, Wanted::Nothing)).collect::<Result<Vec<_>>>()?;
             for ((crowd, alone), together) in crowds.iter_mut().zip(alone).zip(all_at_once(&mut benches, rows)?) {
                 let factor = together / alone;
                 crowd.push((rows, if factor.is_finite() { factor.max(1.0) } else { 1.0 }));
@@ -497,11 +498,11 @@ fn all_at_once(benches: &mut [Bench], rows: usize) -> Result<Vec<f64>> {
     let (start, measuring) = (Barrier::new(benches.len()), AtomicUsize::new(benches.len()));
     let decode = |bench: &mut Bench| {
         start.wait();
-        let seconds = bench.decode(rows, false);
+        let seconds = bench.decode(rows, Wanted::Nothing);
         measuring.fetch_sub(1, Ordering::Relaxed);
         // The others want company to the end.
         while seconds.is_ok() && measuring.load(Ordering::Relaxed) > 0 {
-            bench.decode(rows, false)?;
+            bench.decode(rows, Wanted::Nothing)?;
         }
         seconds
     };
