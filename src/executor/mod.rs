@@ -715,7 +715,7 @@ fn start_stages(
     for stage in (0..count).rev() {
         // Enough for the steps and for many sequences to be opened and closed behind a step that takes long.
         let (sender, stage_inbox) = inbox(2 * count + 2 * options.max_sequences.min(1024));
-        let way_on = next.take().and_then(|sender| Some(Next::Stage(sender, links.pop()?)));
+        let way_on = next.take().and_then(|sender| Some(Next::Stage(sender, Box::new(links.pop()?))));
         let counter: Arc<StageCounters> = Arc::default();
         counters[stage] = counter.clone();
         let replies = to_scheduler.clone();

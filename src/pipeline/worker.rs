@@ -131,7 +131,7 @@ pub struct StageCounters {
 /// Where a stage's output goes.
 pub enum Next {
     /// To the next stage over a link.
-    Stage(SyncSender<StageMessage>, Link),
+    Stage(SyncSender<StageMessage>, Box<Link>),
     /// This is the last stage.
     Scheduler,
 }
@@ -470,7 +470,7 @@ mod tests {
         let (to_second, second_inbox) = inbox(2);
         let link = Link::new(&devices[0], &devices[1], LinkOptions::default()).unwrap();
         let (replies, answers) = std::sync::mpsc::channel();
-        let ways = [(first_inbox, Next::Stage(to_second, link)), (second_inbox, Next::Scheduler)];
+        let ways = [(first_inbox, Next::Stage(to_second, Box::new(link))), (second_inbox, Next::Scheduler)];
         let threads: Vec<_> = ways
             .into_iter()
             .zip(devices)
