@@ -132,8 +132,8 @@ async fn two_stages_on_one_gpu_generate_what_one_does() {
     let one = executor(DEMO_MODEL, "metal:0", None).await.unwrap();
     let two = executor(DEMO_MODEL, "metal:0,metal:0", Some(&[4, 4])).await.unwrap();
     let prompts: Vec<Vec<u32>> = (0..6).map(|seed| (0..9).map(|i| 4 + (seed * 97 + i * 13) % 700).collect()).collect();
-    let (one, two) = (one.infer_batch_with(&prompts, &greedy(64)), two.infer_batch_with(&prompts, &greedy(64)));
-    let (one, two) = (one.await.unwrap(), two.await.unwrap());
+    let one = one.infer_batch_with(&prompts, &greedy(64)).await.unwrap();
+    let two = two.infer_batch_with(&prompts, &greedy(64)).await.unwrap();
     for (one, two) in one.iter().zip(&two) {
         assert_eq!(one.tokens, two.tokens);
     }
