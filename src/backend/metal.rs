@@ -78,7 +78,6 @@ impl Fused {
         let logits = Tensor::zeros((MOST_ROWS, vocab), DType::F32, device)?;
         let scratch = Scratch {
             qkv: zeros(bytes.qkv)?,
-            q: zeros(bytes.q)?,
             mixed: zeros(bytes.mixed)?,
             gated: zeros(bytes.gated)?,
             branch: zeros(bytes.branch)?,
