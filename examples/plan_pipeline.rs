@@ -201,7 +201,10 @@ async fn seconds_of_a_round(
     Ok((ended - began).as_secs_f64() / (tokens - 1) as f64)
 }
 
-/// A stage that takes `factor` times as long, without using the processor for it.
+/// More than a sleeping thread wakes up too late by, as a rule.
+const OVERSLEPT: Duration = Duration::from_micros(150);
+
+/// A stage that takes `factor` times as long, and hardly uses the processor for it.
 struct Slowed {
     backend: Box<dyn StageBackend>,
     factor: f64,
@@ -228,7 +231,11 @@ impl StageBackend for Slowed {
     ) -> candle_pipeline::Result<StageOutput> {
         let began = Instant::now();
         let output = self.backend.forward(batch, input, watch);
-        std::thread::sleep(Duration::from_secs_f64(began.elapsed().as_secs_f64() * (self.factor - 1.0)));
+        let end = began + began.elapsed().mul_f64(self.factor);
+        std::thread::sleep(end.saturating_duration_since(Instant::now()).saturating_sub(OVERSLEPT));
+        while Instant::now() < end {
+            std::hint::spin_loop();
+        }
         output
     }
 

@@ -1,13 +1,15 @@
-//! Attention of single queries over a KV cache. The kernels are in `kernels/attention.metal`; [`kv`](crate::kv) says how
-//! keys and values lie, and how rows of several sequences share a dispatch.
+//! A decode step's attention over a KV cache, from the projections' q, k and v on. The kernels are in
+//! `kernels/attention.metal`; [`kv`](crate::kv) says how keys and values lie, and how rows of several sequences share a
+//! dispatch, [`heads`] what is done to q and k.
 //!
 //! One dispatch, and a second one where a row sees so many positions that threadgroups share them. How many do follows
 //! from the row's own positions and the heads, so a row's result is the same to the bit whatever rows it is dispatched
-//! with.
+//! with. A row's own key and value count as they are stored, so they weigh the same in later steps.
 
 use crate::encoder::{Constant, Dispatch, Encoder, Region};
 use crate::error::{Error, Result};
-use crate::kv::{KvRow, KvShape};
+use crate::heads::{self, QkNorm, Rope};
+use crate::kv::{KvRow, KvShape, MOST_ROWS};
 use crate::library::{KernelLibrary, kernel_lib};
 use crate::params::{AttendParams, AttendRow};
 
@@ -95,9 +97,14 @@ pub struct AttentionShape {
 }
 
 impl AttentionShape {
+    /// How the query heads of a key head are shared out.
+    fn shared(&self) -> Heads {
+        Heads::new(self.heads / self.kv.kv_heads)
+    }
+
     /// Threadgroups of a row for each split.
     fn threadgroups(&self) -> usize {
-        self.kv.kv_heads * Heads::new(self.heads / self.kv.kv_heads).parts
+        self.kv.kv_heads * self.shared().parts
     }
 
     /// How the positions that a row at `position` sees are split.
@@ -110,7 +117,19 @@ impl AttentionShape {
         self.window.map_or(0, |window| (position + 1).saturating_sub(window))
     }
 
-    /// Bytes of scratch memory that a dispatch of `rows` rows at positions below `capacity` may need.
+    fn table_row(&self, row: &KvRow, splits: &Splits, angles: usize) -> AttendRow {
+        AttendRow {
+            first: self.first(row.position) as u32,
+            end: row.position as u32 + 1,
+            span: splits.span as u32,
+            splits: splits.count as u32,
+            base: (row.offset / 16) as u32,
+            capacity: row.capacity as u32,
+            angles: angles as u32,
+        }
+    }
+
+    /// Bytes of scratch memory that a step of `rows` rows at positions below `capacity` may need.
     pub fn scratch_bytes(&self, rows: usize, capacity: usize) -> usize {
         let visible = capacity.min(self.window.unwrap_or(capacity));
         let most = Splits::wanted(visible, self.threadgroups());
@@ -142,23 +161,49 @@ impl Partials {
     fn bytes(&self) -> usize {
         self.sums() + self.stats()
     }
+
+    /// The sums and the pairs of rows from `first` on that are split like this, up to the last that is used: a row with
+    /// fewer splits than there is room for leaves the rest untouched.
+    fn of_rows<'a, B>(&self, scratch: Region<'a, B>, first: usize, splits: &[Splits]) -> [Region<'a, B>; 2] {
+        let part = |start: usize, width: usize| {
+            let room = splits.len() * self.heads * self.splits;
+            let unused = self.splits - splits.last().map_or(0, |splits| splits.count);
+            let used = self.heads * splits.iter().map(|splits| splits.count).sum::<usize>();
+            let start = scratch.after(start + first * self.heads * self.splits * width);
+            start.spanning((room - unused) * width).touching(used * width)
+        };
+        [part(0, self.head_dim * 4), part(self.sums(), 8)]
+    }
 }
 
-/// Attention of rows, each of which sees its own position and those before it.
+/// Rows whose keys lie in one region, and whose values in another. They take a dispatch.
 #[derive(Debug)]
-pub struct Attention<'a, B> {
-    /// What it is like.
-    pub shape: AttentionShape,
-    /// Rows of queries, (heads, head_dim) each; where they begin.
-    pub q: Region<'a, B>,
-    /// Floats from one row of queries to the next, a multiple of 4.
-    pub stride_q: usize,
+pub struct KvRows<'a, B> {
     /// The region in which the rows' keys are.
     pub keys: Region<'a, B>,
     /// The region in which the rows' values are.
     pub values: Region<'a, B>,
-    /// Positions, and where in these regions their sequences are.
+    /// Positions, and where in these regions their sequences are. Each is a sequence's own: a row's key is not there for
+    /// another row before the dispatch is over.
     pub rows: &'a [KvRow],
+    /// Rotation of q and k.
+    pub rope: Option<Rope<'a, B>>,
+}
+
+/// Attention of rows, from the projections on: norms of q and k, RoPE, the append to the KV cache, and what each row sees
+/// of its own position and those before it.
+#[derive(Debug)]
+pub struct Attention<'a, B> {
+    /// What it is like.
+    pub shape: AttentionShape,
+    /// Rows of all heads of q, then of k, then of v, with their biases; where they begin.
+    pub qkv: Region<'a, B>,
+    /// Floats from one row of q, k and v to the next, a multiple of 4.
+    pub stride_qkv: usize,
+    /// Norm of q and k.
+    pub norm: Option<QkNorm<'a, B>>,
+    /// The rows, in the order in which they lie in `qkv` and `y`.
+    pub sequences: &'a [KvRows<'a, B>],
     /// Where rows of results go, (heads, head_dim) each.
     pub y: Region<'a, B>,
     /// Floats from one row of results to the next, a multiple of 4.
@@ -168,26 +213,48 @@ pub struct Attention<'a, B> {
 }
 
 impl<'a, B> Attention<'a, B> {
+    fn rows(&self) -> impl Iterator<Item = &KvRow> {
+        self.sequences.iter().flat_map(|sequences| sequences.rows)
+    }
+
     fn check(&self) -> Result<()> {
         let AttentionShape { heads, kv, window, softcap, .. } = self.shape;
-        kv.check("attention", heads, self.rows)?;
         let wrong = |reason: String| Err(Error::unsupported("attention", reason));
+        for sequences in self.sequences {
+            kv.check("attention", heads, sequences.rows)?;
+            let mut offsets: Vec<usize> = sequences.rows.iter().map(|row| row.offset).collect();
+            offsets.sort_unstable();
+            if let Some(pair) = offsets.windows(2).find(|pair| pair[0] == pair[1]) {
+                return wrong(format!("two rows of the sequence at byte {}, expected one of each", pair[0]));
+            }
+            if let Some(rope) = &sequences.rope {
+                rope.check("attention", kv.head_dim)?;
+            }
+        }
+        let count = self.rows().count();
+        if count == 0 || count > MOST_ROWS {
+            return wrong(format!("{count} rows, expected 1 to {MOST_ROWS}"));
+        }
+        if let Some(norm) = &self.norm {
+            norm.check("attention")?;
+        }
         if window == Some(0) {
             return wrong("a window of 0 positions, expected at least 1".into());
         }
         if let Some(cap) = softcap.filter(|cap| !(*cap > 0.0 && cap.is_finite())) {
             return wrong(format!("a soft cap of {cap}, expected a positive number"));
         }
-        let width = heads * kv.head_dim;
-        for (what, stride) in [("q", self.stride_q), ("y", self.stride_y)] {
-            if self.rows.len() > 1 && (stride < width || !stride.is_multiple_of(4)) {
+        let (qkv_width, y_width) = ((heads + 2 * kv.kv_heads) * kv.head_dim, heads * kv.head_dim);
+        for (what, stride, width) in [("q, k and v", self.stride_qkv, qkv_width), ("y", self.stride_y, y_width)] {
+            if count > 1 && (stride < width || !stride.is_multiple_of(4)) {
                 return wrong(format!(
                     "rows of {what} are {stride} floats apart, expected a multiple of 4 from {width}"
                 ));
             }
         }
-        let regions = [("q", &self.q), ("the keys", &self.keys), ("the values", &self.values), ("y", &self.y)];
-        for (what, region) in regions.into_iter().chain([("the partial results", &self.scratch)]) {
+        let caches = self.sequences.iter().flat_map(|of| [("the keys", &of.keys), ("the values", &of.values)]);
+        let rest = [("q, k and v", &self.qkv), ("y", &self.y), ("the partial results", &self.scratch)];
+        for (what, region) in caches.chain(rest) {
             if !region.offset.is_multiple_of(16) {
                 return wrong(format!("{what} begin at byte {}, expected a multiple of 16", region.offset));
             }
@@ -195,90 +262,118 @@ impl<'a, B> Attention<'a, B> {
         Ok(())
     }
 
-    /// One dispatch, or two.
+    /// One dispatch for each region of keys, and one more where any row's positions are split.
     pub fn dispatches(&self) -> Result<Vec<Dispatch<'a, B>>> {
         self.check()?;
-        let AttentionShape { heads, kv, scale, softcap, .. } = self.shape;
-        let KvShape { kv_type, kv_heads, head_dim } = kv;
-        let (group, count) = (heads / kv_heads, self.rows.len());
-        let shared = Heads::new(group);
-        let splits: Vec<Splits> = self.rows.iter().map(|row| self.shape.splits(row.position)).collect();
-        let most_splits = splits.iter().map(|splits| splits.count).max().unwrap_or(1);
-        let is_split = most_splits > 1;
-        let mut table = Vec::new();
-        let mut positions = 0;
-        for (row, splits) in self.rows.iter().zip(&splits) {
-            let first = self.shape.first(row.position);
-            positions += row.position + 1 - first;
-            let row = AttendRow {
-                first: first as u32,
-                end: row.position as u32 + 1,
-                span: splits.span as u32,
-                splits: splits.count as u32,
-                base: (row.offset / 16) as u32,
-                capacity: row.capacity as u32,
-            };
-            table.extend(row.to_bytes());
+        let splits: Vec<Splits> = self.rows().map(|row| self.shape.splits(row.position)).collect();
+        let partials = Partials {
+            rows: splits.len(),
+            heads: self.shape.heads,
+            head_dim: self.shape.kv.head_dim,
+            splits: splits.iter().map(|splits| splits.count).max().unwrap_or(1),
+        };
+        let mut first = 0;
+        let mut dispatches = Vec::with_capacity(self.sequences.len() + 1);
+        for sequences in self.sequences {
+            let splits = &splits[first..][..sequences.rows.len()];
+            dispatches.push(self.attend(sequences, first, splits, &partials));
+            first += splits.len();
         }
-        let params = AttendParams {
-            kv_heads: kv_heads as u32,
-            group: group as u32,
+        if partials.splits > 1 {
+            dispatches.push(self.merge(&splits, &partials));
+        }
+        Ok(dispatches)
+    }
+
+    /// Attention of rows of one region, of which `first` is the first one's index.
+    fn attend(
+        &self,
+        sequences: &KvRows<'a, B>,
+        first: usize,
+        splits: &[Splits],
+        partials: &Partials,
+    ) -> Dispatch<'a, B> {
+        let (AttentionShape { heads, kv, .. }, KvRows { rows, rope, .. }) = (self.shape, sequences);
+        let (shared, count, rope) = (self.shape.shared(), rows.len(), rope.as_ref());
+        let seen = |row: &KvRow| row.position + 1 - self.shape.first(row.position);
+        // A row's own key and value are written and not read.
+        let read = rows.iter().map(|row| seen(row) - 1).sum();
+        let cache = |region| kv.region(region, rows, read);
+        let written = kv.touched(count);
+        let table = rows.iter().zip(splits).enumerate().flat_map(|(index, (row, splits))| {
+            let angles = rope.map_or(0, |rope| rope.table_row(index, row));
+            self.shape.table_row(row, splits, angles).to_bytes()
+        });
+        let (qkv_width, y_width) = ((heads + 2 * kv.kv_heads) * kv.head_dim * 4, heads * kv.head_dim * 4);
+        let qkv = self.qkv.after(first * self.stride_qkv * 4).rows(count, qkv_width, self.stride_qkv * 4);
+        let y = self.y.after(first * self.stride_y * 4).rows(count, y_width, self.stride_y * 4);
+        let mut dispatch = Dispatch::new(&LIBRARY, format!("attend_{}_{}", kv.kv_type.name(), shared.tile))
+            .read(0, qkv)
+            .extend(5, cache(sequences.keys), written)
+            .extend(6, cache(sequences.values), written)
+            .bytes(9, table.collect())
+            .bytes(10, self.params(rope, partials).to_bytes())
+            .threadgroup_memory(0, shared.tiles * shared.tile * kv.head_dim * 4)
+            .threadgroup_memory(1, SIMDGROUPS * kv.head_dim * 4)
+            .threadgroup_memory(2, SIMDGROUPS * 8)
+            .threadgroup_memory(3, 2 * kv.entry_bytes())
+            .grid([partials.splits, kv.kv_heads * shared.parts, count], [32 * SIMDGROUPS, 1, 1]);
+        if let Some(norm) = &self.norm {
+            dispatch = norm.bind(dispatch, 1, heads, &kv);
+        }
+        if let Some(rope) = rope {
+            dispatch = rope.bind(dispatch, 3, rows);
+        }
+        let dispatch = match partials.splits {
+            1 => dispatch.write(7, y),
+            _ => {
+                let [sums, stats] = partials.of_rows(self.scratch, first, splits);
+                dispatch.write(7, sums).write(8, stats)
+            }
+        };
+        self.constants(dispatch, rope, partials)
+    }
+
+    /// Brings the splits of all rows together.
+    fn merge(&self, splits: &[Splits], partials: &Partials) -> Dispatch<'a, B> {
+        let AttentionShape { heads, kv, .. } = self.shape;
+        let [sums, stats] = partials.of_rows(self.scratch, 0, splits);
+        let table = self.rows().zip(splits).flat_map(|(row, splits)| self.shape.table_row(row, splits, 0).to_bytes());
+        let dispatch = Dispatch::new(&LIBRARY, "attend_merge")
+            .read(0, sums)
+            .read(1, stats)
+            .write(2, self.y.rows(splits.len(), heads * kv.head_dim * 4, self.stride_y * 4))
+            .bytes(3, table.collect())
+            .bytes(4, self.params(None, partials).to_bytes())
+            .grid([heads, splits.len(), 1], [32, 1, 1]);
+        self.constants(dispatch, None, partials)
+    }
+
+    fn params(&self, rope: Option<&Rope<'a, B>>, partials: &Partials) -> AttendParams {
+        let AttentionShape { heads, kv, scale, softcap, .. } = self.shape;
+        let shared = self.shape.shared();
+        AttendParams {
+            kv_heads: kv.kv_heads as u32,
+            group: (heads / kv.kv_heads) as u32,
             parts: shared.parts as u32,
             part_heads: shared.part as u32,
             tiles: shared.tiles as u32,
-            stride_q: self.stride_q as u32,
+            rotary_dim: rope.map_or(0, |rope| rope.rotary_dim as u32),
+            stride_qkv: self.stride_qkv as u32,
             stride_y: self.stride_y as u32,
-            most_splits: most_splits as u32,
+            most_splits: partials.splits as u32,
+            eps: self.norm.as_ref().map_or(0.0, |norm| norm.eps),
             scale,
             softcap: softcap.unwrap_or(0.0),
-        };
-        let partials = Partials { rows: count, heads, head_dim, splits: most_splits };
-        // A row with fewer splits than there is room for leaves the rest untouched.
-        let used = heads * splits.iter().map(|splits| splits.count).sum::<usize>();
-        let sums = self.scratch.spanning(partials.sums()).touching(used * head_dim * 4);
-        let stats = self.scratch.after(partials.sums()).spanning(partials.stats()).touching(used * 8);
-        let (sums, stats) = self.tight(&partials, sums, stats, &splits);
-        let y = self.y.rows(count, heads * head_dim * 4, self.stride_y * 4);
-        let constants = |dispatch: Dispatch<'a, B>| {
-            dispatch
-                .constant(0, Constant::Ushort(head_dim as u16))
-                .constant(1, Constant::Bool(softcap.is_some()))
-                .constant(2, Constant::Bool(is_split))
-        };
-        let attend = Dispatch::new(&LIBRARY, format!("attend_{}_{}", kv_type.name(), shared.tile))
-            .read(0, self.q.rows(count, heads * head_dim * 4, self.stride_q * 4))
-            .read(1, kv.region(self.keys, self.rows, positions))
-            .read(2, kv.region(self.values, self.rows, positions))
-            .bytes(5, table.clone())
-            .bytes(6, params.to_bytes())
-            .threadgroup_memory(0, shared.tiles * shared.tile * head_dim * 4)
-            .threadgroup_memory(1, SIMDGROUPS * head_dim * 4)
-            .threadgroup_memory(2, SIMDGROUPS * 8)
-            .grid([most_splits, kv_heads * shared.parts, count], [32 * SIMDGROUPS, 1, 1]);
-        if !is_split {
-            return Ok(vec![constants(attend.write(3, y))]);
         }
-        let merge = Dispatch::new(&LIBRARY, "attend_merge")
-            .read(0, sums)
-            .read(1, stats)
-            .write(2, y)
-            .bytes(3, table)
-            .bytes(4, params.to_bytes())
-            .grid([heads, count, 1], [32, 1, 1]);
-        Ok(vec![constants(attend.write(3, sums).write(4, stats)), constants(merge)])
     }
 
-    /// The partial results up to the last that is used: those of the last head of the last row.
-    fn tight(
-        &self,
-        partials: &Partials,
-        sums: Region<'a, B>,
-        stats: Region<'a, B>,
-        splits: &[Splits],
-    ) -> (Region<'a, B>, Region<'a, B>) {
-        let unused = partials.splits - splits.last().map_or(0, |splits| splits.count);
-        let shorter = |region: Region<'a, B>, bytes: usize| Region { span: region.span - bytes, ..region };
-        (shorter(sums, unused * partials.head_dim * 4), shorter(stats, unused * 8))
+    fn constants(&self, dispatch: Dispatch<'a, B>, rope: Option<&Rope<'a, B>>, partials: &Partials) -> Dispatch<'a, B> {
+        let dispatch = dispatch
+            .constant(0, Constant::Ushort(self.shape.kv.head_dim as u16))
+            .constant(1, Constant::Bool(self.shape.softcap.is_some()))
+            .constant(2, Constant::Bool(partials.splits > 1));
+        heads::constants(dispatch, self.norm.as_ref(), rope)
     }
 
     /// Encodes it.

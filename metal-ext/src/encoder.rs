@@ -25,7 +25,7 @@ pub struct Region<'a, B> {
     pub offset: usize,
     /// Bytes from there that the kernel may touch.
     pub span: usize,
-    /// Bytes that it does touch; less than `span` where it steps over some.
+    /// Bytes that it does touch, or read where it also writes some; less than `span` where it steps over some.
     pub touched: usize,
 }
 
@@ -78,8 +78,8 @@ pub enum Argument<'a, B> {
     Read(Region<'a, B>),
     /// A region that is written without being read.
     Write(Region<'a, B>),
-    /// A region that is read and written.
-    Update(Region<'a, B>),
+    /// A region that is read, and of which this many bytes are written.
+    Update(Region<'a, B>, usize),
     /// A few constant bytes, at most 4 KiB.
     Bytes(Vec<u8>),
 }
@@ -152,9 +152,14 @@ impl<'a, B> Dispatch<'a, B> {
         self
     }
 
-    /// Binds a region that is read and written.
-    pub fn update(mut self, index: u32, region: Region<'a, B>) -> Self {
-        self.arguments.push((index, Argument::Update(region)));
+    /// Binds a region that is read and then written.
+    pub fn update(self, index: u32, region: Region<'a, B>) -> Self {
+        self.extend(index, region, region.touched)
+    }
+
+    /// Binds a region that is read, and of which `written` bytes are written beside those.
+    pub fn extend(mut self, index: u32, region: Region<'a, B>, written: usize) -> Self {
+        self.arguments.push((index, Argument::Update(region, written)));
         self
     }
 
@@ -180,7 +185,7 @@ impl<'a, B> Dispatch<'a, B> {
     /// Bytes read, as the regions say.
     pub fn bytes_read(&self) -> usize {
         self.total(|argument| match argument {
-            Argument::Read(region) | Argument::Update(region) => region.touched,
+            Argument::Read(region) | Argument::Update(region, _) => region.touched,
             Argument::Write(_) | Argument::Bytes(_) => 0,
         })
     }
@@ -188,7 +193,8 @@ impl<'a, B> Dispatch<'a, B> {
     /// Bytes written, as the regions say.
     pub fn bytes_written(&self) -> usize {
         self.total(|argument| match argument {
-            Argument::Write(region) | Argument::Update(region) => region.touched,
+            Argument::Write(region) => region.touched,
+            Argument::Update(_, written) => *written,
             Argument::Read(_) | Argument::Bytes(_) => 0,
         })
     }

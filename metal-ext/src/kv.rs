@@ -14,7 +14,7 @@
 //! # Rows of several sequences
 //!
 //! A dispatch takes rows of any sequences, as long as their keys lie in one region and their values in another: a
-//! [`KvRow`] says where in both its sequence begins. The rows' table goes along with the dispatch (16 or 24 bytes a row),
+//! [`KvRow`] says where in both its sequence begins. The rows' table goes along with the dispatch (28 bytes a row),
 //! so there is no buffer that the host must not overwrite while the GPU still reads it. Sequences in buffers of their own
 //! take a dispatch each, with an offset of 0.
 
@@ -71,10 +71,20 @@ impl KvShape {
         }
     }
 
+    /// The same together.
+    pub(crate) fn entry_bytes(&self) -> usize {
+        let (values, scales) = self.position_bytes();
+        values + scales
+    }
+
+    /// Bytes of the keys, or of the values, at `positions` positions.
+    pub(crate) fn touched(&self, positions: usize) -> usize {
+        positions * self.kv_heads * self.entry_bytes()
+    }
+
     /// Bytes of the keys, or of the values, of a sequence with room for `capacity` positions.
     pub fn bytes(&self, capacity: usize) -> usize {
-        let (values, scales) = self.position_bytes();
-        self.kv_heads * capacity * (values + scales)
+        self.touched(capacity)
     }
 
     /// Bytes from a sequence's start to the end of position `end - 1` in the last head, behind which nothing is touched.
@@ -88,13 +98,10 @@ impl KvShape {
     }
 
     /// The part of `region`, in which the rows' sequences lie, up to the last byte of the last position of each, of which
-    /// `positions` positions are touched.
+    /// `positions` positions are read.
     pub(crate) fn region<'a, B>(&self, region: Region<'a, B>, rows: &[KvRow], positions: usize) -> Region<'a, B> {
         let reach = |row: &KvRow| row.offset + self.reach(row.capacity, row.position + 1);
-        let (values, scales) = self.position_bytes();
-        region
-            .spanning(rows.iter().map(reach).max().unwrap_or(0))
-            .touching(positions * self.kv_heads * (values + scales))
+        region.spanning(rows.iter().map(reach).max().unwrap_or(0)).touching(self.touched(positions))
     }
 
     /// Refuses shapes and rows that the kernels do not take.

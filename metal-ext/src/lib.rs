@@ -11,10 +11,9 @@
 //!   twin into [`params`].
 //! - [`encoder`]: the seam. Host code makes a [`Dispatch`] out of shapes; an [`Encoder`] runs it on a GPU, on a CPU (the
 //!   crate `msl-cpu`), or writes it down.
-//! - [`attention`]: of a decode step, over a KV cache.
+//! - [`attention`]: of a decode step, with norms and RoPE of q and k ([`heads`]) and the append to the KV cache ([`kv`]).
 //! - [`sampling`]: the most likely tokens. [`embedding`]: their embeddings.
 //! - [`softmax`]: by itself, for prefill.
-//! - [`kv`]: the KV cache. [`rope_kv`]: norms of q and k, RoPE, and what is kept of k and v.
 //! - [`decode`]: a decode step of whole layers out of these.
 //! - [`pack`]: weights from the file's bytes. [`window`]: where they can be read without a copy. [`gemv`]: products with all that is fused to them.
 //! - `device`, `mapped`, `metal` (feature `metal` on macOS): GPUs, buffers over files, and the encoder over one. The rest
@@ -44,7 +43,7 @@ pub mod gemv;
 pub mod norm_add;
 pub mod dequantise;
 pub mod kv;
-pub mod rope_kv;
+pub mod heads;
 pub mod attention;
 pub mod sampling;
 pub mod softmax;

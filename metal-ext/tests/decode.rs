@@ -4,6 +4,7 @@ use metal_ext::decode::{
     AngleTable, CHIPS, HeadWeights, KvCache, LayerShape, LayerWeights, Matrix, Prediction, Rope, Row, Scratch, Stage,
 };
 use metal_ext::gemv::Gate;
+use metal_ext::heads::NormOver;
 use metal_ext::pack::{Format, MatrixLayout};
 use metal_ext::{DryRun, MetalExtOptions, Region};
 
@@ -81,14 +82,14 @@ fn stage(model: &Model, format: Format) -> Stage<()> {
 }
 
 fn scratch() -> Scratch<()> {
-    Scratch { qkv: (), q: (), mixed: (), gated: (), branch: (), partials: (), logits: () }
+    Scratch { qkv: (), mixed: (), gated: (), branch: (), partials: (), logits: () }
 }
 
 /// Dispatches of a step of `rows` sequences at `position`.
 fn step(stage: &Stage<()>, rows: usize, position: usize) -> DryRun {
     let kv = vec![KvCache { keys: (), values: (), capacity: position + 1 }; stage.layers.len()];
     let angles = || [Region::at(&(), 0), Region::at(&(), 0)];
-    let row = || Row { position, kv: &kv, global_angles: angles(), local_angles: None };
+    let row = || Row { position, kv: &kv, global_angles: angles(), local_angles: Some(angles()) };
     let rows: Vec<Row<()>> = (0..rows).map(|_| row()).collect();
     let wanted: Vec<usize> = (0..rows.len()).collect();
     let mut list = DryRun::new();
@@ -110,18 +111,57 @@ fn least_bytes(stage: &Stage<()>, position: usize) -> usize {
 
 const FORMATS: [Format; 3] = [Format::F16, Format::Q8_0, Format::Q4_K];
 
+/// The kernels of a layer, without their formats.
+fn kernels(list: &DryRun, dispatches: usize) -> Vec<&str> {
+    let name = |kernel: &'static str, found: &str| found.starts_with(kernel).then_some(kernel);
+    let known = |found: &str| ["gemv", "attend_merge", "attend"].into_iter().find_map(|kernel| name(kernel, found));
+    list.dispatches[..dispatches].iter().map(|dispatch| known(&dispatch.kernel).unwrap()).collect()
+}
+
 #[test]
-fn a_llama_layer_is_six_dispatches() {
+fn a_llama_layer_is_five_dispatches_and_one_more_where_attention_is_split() {
     for model in models() {
         for format in FORMATS {
-            let list = step(&stage(&model, format), 1, 300);
-            assert_eq!(list.dispatches.len(), 6 * model.layers + 1, "{} {format:?}", model.name);
-            let kernels: Vec<&str> = list.dispatches[..6].iter().map(|d| d.kernel.split('_').next().unwrap()).collect();
-            assert_eq!(kernels, ["gemv", "rope", "attend", "gemv", "gemv", "gemv"]);
+            let stage = stage(&model, format);
+            for (position, dispatches) in [(0, 5), (300, 5), (510, 5), (511, 6), (4000, 6), (100_000, 6)] {
+                let list = step(&stage, 1, position);
+                let what = format!("{} {format:?} at {position}", model.name);
+                assert_eq!(list.dispatches.len(), dispatches * model.layers + 1, "{what}");
+                let expected: &[&str] = match dispatches {
+                    5 => &["gemv", "attend", "gemv", "gemv", "gemv"],
+                    _ => &["gemv", "attend", "attend_merge", "gemv", "gemv", "gemv"],
+                };
+                assert_eq!(kernels(&list, dispatches), expected, "{what}");
+            }
         }
-        // Attention over many positions is put together by a seventh.
-        let list = step(&stage(&model, Format::F16), 1, 4000);
-        assert_eq!(list.dispatches.len(), 7 * model.layers + 1, "{}", model.name);
+    }
+}
+
+#[test]
+fn no_llama_layer_is_more_than_six_dispatches_at_any_position() {
+    let [mut model, ..] = models();
+    model.layers = 1;
+    let rope = |rotary_dim, interleaved, table| Some(Rope { rotary_dim, interleaved, table });
+    let ropes = [
+        None,
+        rope(64, false, AngleTable::Global),
+        rope(64, true, AngleTable::Local),
+        rope(20, false, AngleTable::Local),
+    ];
+    for norm in [None, Some(NormOver::Head), Some(NormOver::Projection)] {
+        for window in [None, Some(1000)] {
+            for rope in ropes {
+                (model.shape.qk_norm, model.shape.sliding_window, model.shape.rope) = (norm, window, rope);
+                let mut stage = stage(&model, Format::Q8_0);
+                stage.head = None;
+                let (_, layer) = &mut stage.layers[0];
+                (layer.q_norm, layer.k_norm) = (norm.map(|_| ()), norm.map(|_| ()));
+                for position in (0..8192).step_by(97).chain([510, 511, 512, 999, 1000, 1001, 131_071]) {
+                    let dispatches = step(&stage, 1, position).dispatches.len();
+                    assert!(dispatches <= 6, "{:?} at {position}: {dispatches}", model.shape);
+                }
+            }
+        }
     }
 }
 
@@ -147,8 +187,9 @@ fn rows_of_a_step_share_the_weights() {
     let stage = stage(&models()[0], Format::Q8_0);
     let (one, four) = (step(&stage, 1, 10).bytes() as f64, step(&stage, 4, 10).bytes() as f64);
     assert!(four < 1.01 * one, "{four} bytes for four rows, {one} for one");
-    // Rotation, append and attention are dispatched for each sequence.
-    assert_eq!(step(&stage, 4, 10).dispatches.len(), (4 + 2 * 4) * 22 + 1);
+    // Attention is dispatched for each sequence, and their splits are brought together at once.
+    assert_eq!(step(&stage, 4, 10).dispatches.len(), (4 + 4) * 22 + 1);
+    assert_eq!(step(&stage, 4, 4000).dispatches.len(), (4 + 4 + 1) * 22 + 1);
 }
 
 #[test]

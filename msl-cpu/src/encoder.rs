@@ -155,7 +155,7 @@ impl metal_ext::Encoder for CpuEncoder {
                         unsafe { std::slice::from_raw_parts(region.buffer.pointer().add(range.start), range.len()) };
                     encoder.buffer(*index, bytes).skewed(range.start)
                 }
-                Argument::Write(region) | Argument::Update(region) => {
+                Argument::Write(region) | Argument::Update(region, _) => {
                     let range = range(region).map_err(gpu)?;
                     // SAFETY: as above.
                     let bytes = unsafe {
@@ -179,6 +179,7 @@ impl metal_ext::Encoder for CpuEncoder {
         self.stats.barriers += stats.barriers;
         self.stats.simd_ops += stats.simd_ops;
         self.stats.accesses += stats.accesses;
+        self.stats.same_value_races += stats.same_value_races;
         Ok(())
     }
 }
@@ -190,7 +191,7 @@ fn check_overlaps(dispatch: &Dispatch<'_, CpuBuffer>) -> std::result::Result<(),
         .iter()
         .filter_map(|(index, argument)| match argument {
             Argument::Read(region) => Some((*index, false, region)),
-            Argument::Write(region) | Argument::Update(region) => Some((*index, true, region)),
+            Argument::Write(region) | Argument::Update(region, _) => Some((*index, true, region)),
             Argument::Bytes(_) => None,
         })
         .collect();

@@ -3,7 +3,7 @@
 
 use metal_ext::decode::{self, AngleTable, LayerShape, Rope};
 use metal_ext::gemv::Gate;
-use metal_ext::rope_kv::NormOver;
+use metal_ext::heads::NormOver;
 
 use crate::model::config::{Activation, DecoderConfig, LayerRope, QkNorm};
 use crate::model::stage_weights::{Build, HeadWeights, LayerWeights, Linear, StageWeights};

@@ -87,7 +87,6 @@ impl Fused {
         let candidates = Candidates { found: zeros(found.found)?, scratch: zeros(found.scratch.max(8))? };
         let scratch = Scratch {
             qkv: zeros(bytes.qkv)?,
-            q: zeros(bytes.q)?,
             mixed: zeros(bytes.mixed)?,
             gated: zeros(bytes.gated)?,
             branch: zeros(bytes.branch)?,

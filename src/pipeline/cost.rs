@@ -347,27 +347,25 @@ impl Subject<'_> {
             }
             measured.insert(layer, step);
         }
-        let run = layers.saturating_sub(MOST_LAYERS_AT_ONCE)..layers;
+        let mut costs: Vec<StepSeconds> = representatives.iter().map(|layer| measured[layer].clone()).collect();
+        // Of a small model all layers, since one again and again stays nearer to the processor than all of them in turn.
+        let run = if eviction.is_some() { layers.saturating_sub(MOST_LAYERS_AT_ONCE) } else { 0 }..layers;
         let mut step = 0.0;
         if run.len() > 1 {
+            let mut several = self.bench(run.clone(), device, ropes, eviction.as_ref())?;
             // One by one the layers take as many steps as there are layers, together one.
-            let one_by_one: f64 = representatives[run.clone()].iter().map(|layer| measured[layer].decode(1)).sum();
+            let one_by_one: f64 = costs[run.clone()].iter().map(|layer| layer.decode(1)).sum();
             let between = (run.len() - 1) as f64;
-            let together = self.bench(run, device, ropes, eviction.as_ref())?.decode(1, Wanted::Nothing)?;
-            let least = measured.values().map(|layer| layer.decode(1)).fold(f64::INFINITY, f64::min);
-            step = ((one_by_one - together) / between).clamp(0.0, least);
-        }
-        let layer = |representative: &usize| measured[representative].clone().less(step);
-        let mut costs: Vec<StepSeconds> = representatives.iter().map(layer).collect();
-        if eviction.is_none() {
-            // One layer again and again stays nearer to the processor than all of them in turn.
-            let mut all = self.bench(0..layers, device, ropes, None)?;
+            let least = costs.iter().map(|layer| layer.decode(1)).fold(f64::INFINITY, f64::min);
+            step = ((one_by_one - several.decode(1, Wanted::Nothing)?) / between).clamp(0.0, least);
+            costs = costs.into_iter().map(|layer| layer.less(step)).collect();
+            // Layers behind one another begin with what the ones before have left in the caches.
             for (index, rows) in self.decode_rows().into_iter().enumerate() {
-                let together = all.decode(rows, Wanted::Nothing)?;
-                scale(costs.iter_mut().map(|layer| &mut layer.decode[index].1).collect(), together - step);
+                scale(&mut costs, &run, several.decode(rows, Wanted::Nothing)? - step, |layer| {
+                    &mut layer.decode[index].1
+                });
             }
-            let together = all.prefill()?;
-            scale(costs.iter_mut().map(|layer| &mut layer.prefill).collect(), together - step);
+            scale(&mut costs, &run, several.prefill()? - step, |layer| &mut layer.prefill);
         }
         Ok(DeviceCost { layers: costs, head, step, ..DeviceCost::default() })
     }
@@ -513,11 +511,11 @@ fn all_at_once(benches: &mut [Bench], rows: usize) -> Result<Vec<f64>> {
     })
 }
 
-/// Makes the seconds add up to `sum`, each in proportion.
-fn scale(seconds: Vec<&mut f64>, sum: f64) {
-    let factor = sum / seconds.iter().map(|seconds| **seconds).sum::<f64>();
+/// Makes the seconds of the layers in `run` add up to `sum`, and changes those of all layers in the same proportion.
+fn scale(layers: &mut [StepSeconds], run: &Range<usize>, sum: f64, of: impl Fn(&mut StepSeconds) -> &mut f64) {
+    let factor = sum / layers[run.clone()].iter_mut().map(|layer| *of(layer)).sum::<f64>();
     if factor.is_finite() && factor > 0.0 {
-        seconds.into_iter().for_each(|seconds| *seconds *= factor);
+        layers.iter_mut().for_each(|layer| *of(layer) *= factor);
     }
 }
 

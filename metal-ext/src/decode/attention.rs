@@ -1,12 +1,12 @@
-//! From a layer's q, k and v to attention's output, for one row.
+//! From a layer's q, k and v to attention's output.
 
-use super::layer::{KvCache, Row};
+use super::layer::{Row, unsupported};
 use super::{AngleTable, LayerShape, LayerWeights, Scratch, stride};
-use crate::attention::{Attention, AttentionShape};
+use crate::attention::{Attention, AttentionShape, KvRows};
 use crate::encoder::{Encoder, Region};
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::heads::{Angles, Pairing, QkNorm, Rope};
 use crate::kv::{KvRow, KvShape, KvType, MOST_DIM};
-use crate::rope_kv::{Angles, Pairing, QkNorm, Rope, RopeKv};
 
 impl LayerShape {
     fn attention(&self) -> AttentionShape {
@@ -20,39 +20,45 @@ impl LayerShape {
         }
     }
 
-    /// Bytes of partial results that one row needs at the most.
-    pub(super) fn partial_bytes(&self) -> usize {
-        self.attention().scratch_bytes(1, usize::MAX).max(16)
+    /// Bytes of partial results that `rows` rows need at the most.
+    pub(super) fn partial_bytes(&self, rows: usize) -> usize {
+        self.attention().scratch_bytes(rows, usize::MAX).max(16)
     }
 
     /// Refuses what the fused path does not cover, by name and value.
     pub fn check(&self) -> Result<()> {
-        let unsupported = |reason: String| Err(Error::unsupported("fused decode", reason));
         let (head_dim, hidden) = (self.head_dim, self.hidden_size);
         if head_dim == 0 || head_dim > MOST_DIM || !head_dim.is_multiple_of(16) {
-            return unsupported(format!("head_dim is {head_dim}, expected a multiple of 16 up to {MOST_DIM}"));
+            return Err(unsupported(format!("head_dim is {head_dim}, expected a multiple of 16 up to {MOST_DIM}")));
         }
         if !hidden.is_multiple_of(4) {
-            return unsupported(format!("hidden_size is {hidden}, expected a multiple of 4"));
+            return Err(unsupported(format!("hidden_size is {hidden}, expected a multiple of 4")));
         }
         Ok(())
     }
+
+    /// Rotation of this row's q and k.
+    fn rope_of<'a, B>(&self, row: &Row<'a, B>) -> Result<Option<Rope<'a, B>>> {
+        let Some(rope) = self.rope else { return Ok(None) };
+        let [cos, sin] = match (rope.table, row.local_angles) {
+            (AngleTable::Global, _) => row.global_angles,
+            (AngleTable::Local, Some(local)) => local,
+            (AngleTable::Local, None) => return Err(unsupported("the local table of angles is not given".into())),
+        };
+        let pairing = if rope.interleaved { Pairing::Neighbours } else { Pairing::Halves };
+        Ok(Some(Rope { cos, sin, angles: Angles::OfRow, rotary_dim: rope.rotary_dim, pairing }))
+    }
 }
 
-/// Row `at` of the step: its key and value are appended to `cache`, and it attends to all that are there.
+/// Each row's key and value are appended to its cache of the layer of index `index`, and it attends to all that are
+/// there.
 pub(super) fn encode<E: Encoder>(
     encoder: &mut E,
+    index: usize,
     (shape, weights): (&LayerShape, &LayerWeights<E::Buffer>),
-    at: usize,
-    row: &Row<'_, E::Buffer>,
-    cache: &KvCache<E::Buffer>,
+    rows: &[Row<'_, E::Buffer>],
     scratch: &Scratch<E::Buffer>,
 ) -> Result<()> {
-    let attention = shape.attention();
-    let rows = [KvRow { position: row.position, capacity: cache.capacity, offset: 0 }];
-    let (keys, values) = (Region::at(&cache.keys, 0), Region::at(&cache.values, 0));
-    let (stride_qkv, stride_q) = (stride(shape.qkv_width()), stride(shape.q_width()));
-    let q = Region::at(&scratch.q, at * stride_q * 4);
     let norm = match (shape.qk_norm, &weights.q_norm, &weights.k_norm) {
         (Some(over), Some(gamma_q), Some(gamma_k)) => Some(QkNorm {
             over,
@@ -62,43 +68,32 @@ pub(super) fn encode<E: Encoder>(
         }),
         _ => None,
     };
-    let rope = match shape.rope {
-        None => None,
-        Some(rope) => {
-            let [cos, sin] = match (rope.table, row.local_angles) {
-                (AngleTable::Global, _) => row.global_angles,
-                (AngleTable::Local, Some(local)) => local,
-                (AngleTable::Local, None) => {
-                    return Err(Error::unsupported("fused decode", "the local table of angles is not given"));
-                }
-            };
-            let pairing = if rope.interleaved { Pairing::Neighbours } else { Pairing::Halves };
-            Some(Rope { cos, sin, angles: Angles::OfRow, rotary_dim: rope.rotary_dim, pairing })
-        }
+    let place = |row: &Row<'_, E::Buffer>| KvRow {
+        position: row.position,
+        capacity: row.kv[index].capacity,
+        offset: 0, // a sequence has buffers of its own
     };
-    RopeKv {
-        heads: shape.num_attention_heads,
-        shape: attention.kv,
-        qkv: Region::at(&scratch.qkv, at * stride_qkv * 4),
-        stride_qkv,
-        norm,
-        rope,
-        q,
-        stride_q,
-        keys,
-        values,
-        rows: &rows,
-    }
-    .encode(encoder)?;
+    let places: Vec<KvRow> = rows.iter().map(place).collect();
+    let sequences = rows
+        .iter()
+        .zip(places.chunks(1))
+        .map(|(row, places)| {
+            Ok(KvRows {
+                keys: Region::at(&row.kv[index].keys, 0),
+                values: Region::at(&row.kv[index].values, 0),
+                rows: places,
+                rope: shape.rope_of(row)?,
+            })
+        })
+        .collect::<Result<Vec<_>>>()?;
     Attention {
-        shape: attention,
-        q,
-        stride_q,
-        keys,
-        values,
-        rows: &rows,
-        y: Region::at(&scratch.mixed, at * stride_q * 4),
-        stride_y: stride_q,
+        shape: shape.attention(),
+        qkv: Region::at(&scratch.qkv, 0),
+        stride_qkv: stride(shape.qkv_width()),
+        norm,
+        sequences: &sequences,
+        y: Region::at(&scratch.mixed, 0),
+        stride_y: stride(shape.q_width()),
         scratch: Region::at(&scratch.partials, 0),
     }
     .encode(encoder)

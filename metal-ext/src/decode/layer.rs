@@ -118,9 +118,7 @@ pub(super) fn encode<E: Encoder>(
         finish: Finish::Store,
     }
     .encode(encoder, rows.len(), options)?;
-    for (at, row) in rows.iter().enumerate() {
-        attention::encode(encoder, (shape, weights), at, row, &row.kv[index], scratch)?;
-    }
+    attention::encode(encoder, index, (shape, weights), rows, scratch)?;
     Branch {
         projection: &weights.o_proj,
         bias: &weights.o_bias,

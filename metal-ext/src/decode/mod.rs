@@ -1,17 +1,17 @@
-//! A decode step of a run of decoder layers: one row of each of a few sequences, six dispatches a layer.
+//! A decode step of a run of decoder layers: one row of each of a few sequences, five dispatches a layer, or six.
 //!
 //! ```text
-//! 1  norm, q, k and v with their biases          gemv        x -> qkv
-//! 2  q/k norm, RoPE, append to the KV cache      rope_kv     qkv -> q, KV        (one for each sequence)
-//! 3  attention                                   attention   q, KV -> mixed      (one for each sequence)
-//! 4  output projection, added to x               gemv        mixed -> x
-//! 5  norm, gate, up, activation                  gemv        x -> gated
-//! 6  down projection, added to x                 gemv        gated -> x
+//! 1  norm, q, k and v with their biases             gemv      x -> qkv
+//! 2  q/k norm, RoPE, append to the KV, attention    attend    qkv, KV -> mixed    (one for each sequence)
+//! 3  output projection, added to x                  gemv      mixed -> x
+//! 4  norm, gate, up, activation                     gemv      x -> gated
+//! 5  down projection, added to x                    gemv      gated -> x
 //! ```
 //!
-//! Attention over some hundred positions and more is shared by several threadgroups, and a second dispatch puts their parts
-//! together. Norms after attention and MLP (Gemma) take a dispatch each, and so does a product of matrices that are stored
-//! in more than one format. What is not covered at all is told by [`LayerShape::check`].
+//! Attention over some hundred positions and more is shared by several threadgroups, and a sixth dispatch, `attend_merge`,
+//! puts their parts together, those of all sequences at once. Norms after attention and MLP (Gemma) take a dispatch each,
+//! and so does a product of matrices that are stored in more than one format. What is not covered at all is told by
+//! [`LayerShape::check`].
 //!
 //! Everything is plain data over the buffers of an [`Encoder`], so that the same code encodes a step for a GPU, runs it on
 //! a CPU, and counts what it costs.
@@ -28,9 +28,9 @@ pub use prediction::{CHIPS, Chip, Prediction};
 use crate::encoder::{Encoder, Region};
 use crate::error::{Error, Result};
 use crate::gemv::{Finish, Gate, Gemv, MOST_ROWS, Norm, PackedMatrix};
+use crate::heads::NormOver;
 use crate::options::MetalExtOptions;
 use crate::pack::MatrixLayout;
-use crate::rope_kv::NormOver;
 
 /// What a layer is, without its weights. Names are those of Hugging Face configs.
 #[derive(Debug, Clone, PartialEq)]
@@ -167,8 +167,6 @@ pub struct Stage<B> {
 pub struct Scratch<B> {
     /// (rows, qkv_width)
     pub qkv: B,
-    /// (rows, q_width): q after norm and RoPE.
-    pub q: B,
     /// (rows, q_width): attention's output.
     pub mixed: B,
     /// (rows, intermediate_size)
@@ -186,7 +184,6 @@ pub struct Scratch<B> {
 #[allow(missing_docs)] // as there
 pub struct ScratchBytes {
     pub qkv: usize,
-    pub q: usize,
     pub mixed: usize,
     pub gated: usize,
     pub branch: usize,
@@ -209,11 +206,10 @@ impl<B> Stage<B> {
         let of = |width: usize| rows * stride(width) * 4;
         for (shape, _) in &self.layers {
             bytes.qkv = bytes.qkv.max(of(shape.qkv_width()));
-            bytes.q = bytes.q.max(of(shape.q_width()));
-            bytes.mixed = bytes.q;
+            bytes.mixed = bytes.mixed.max(of(shape.q_width()));
             bytes.gated = bytes.gated.max(of(shape.intermediate_size));
             bytes.branch = bytes.branch.max(of(shape.hidden_size));
-            bytes.partials = bytes.partials.max(shape.partial_bytes());
+            bytes.partials = bytes.partials.max(shape.partial_bytes(rows));
         }
         if let Some(head) = &self.head {
             bytes.logits = of(head.projection.layout.n);

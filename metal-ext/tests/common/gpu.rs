@@ -111,7 +111,7 @@ mod real {
                 let argument = match argument {
                     Argument::Read(region) => Argument::Read(raw(region)?),
                     Argument::Write(region) => Argument::Write(raw(region)?),
-                    Argument::Update(region) => Argument::Update(raw(region)?),
+                    Argument::Update(region, written) => Argument::Update(raw(region)?, *written),
                     Argument::Bytes(bytes) => Argument::Bytes(bytes.clone()),
                 };
                 own.arguments.push((*index, argument));

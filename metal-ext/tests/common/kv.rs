@@ -31,9 +31,9 @@ pub fn read_kv(shape: &KvShape, bytes: &[u8], row: KvRow, head: usize) -> Vec<f6
     (0..shape.head_dim).map(value).collect()
 }
 
-/// Bytes of the region that still read 0xff where no row has its own, and all of the rows' others.
-pub fn poisoned(shape: &KvShape, bytes: &[u8], rows: &[KvRow]) -> usize {
-    let mut own = vec![false; bytes.len()];
+/// The first byte that differs though it belongs to none of the rows.
+pub fn unlike(shape: &KvShape, before: &[u8], after: &[u8], rows: &[KvRow]) -> Option<usize> {
+    let mut own = vec![false; before.len()];
     for row in rows {
         for (head, dim) in (0..shape.kv_heads).flat_map(|head| (0..shape.head_dim).map(move |dim| (head, dim))) {
             for (first, len) in places(shape, *row, head, dim) {
@@ -41,7 +41,7 @@ pub fn poisoned(shape: &KvShape, bytes: &[u8], rows: &[KvRow]) -> usize {
             }
         }
     }
-    bytes.iter().zip(own).filter(|(byte, own)| **byte == 0xff && !own).count()
+    (0..before.len()).find(|&at| before[at] != after[at] && !own[at])
 }
 
 /// Writes a head's key or value at the row's position.

@@ -199,7 +199,7 @@ impl Encoder for Shortened {
     fn dispatch(&mut self, dispatch: &Dispatch<'_, GpuBuffer>) -> metal_ext::Result<()> {
         let mut shorter = dispatch.clone();
         for (index, argument) in &mut shorter.arguments {
-            if let (true, Argument::Read(region) | Argument::Write(region) | Argument::Update(region)) =
+            if let (true, Argument::Read(region) | Argument::Write(region) | Argument::Update(region, _)) =
                 (*index == self.index, argument)
             {
                 region.span -= 1;

@@ -534,20 +534,23 @@ impl Problem {
         }
         let alone = round.stages.clone();
         let under_way = round.trip - alone.iter().sum::<f64>();
-        // Slower stages make a longer round, in which each is busy for less of it: a few turns settle that.
+        // Slower stages are beside each other for longer: a few turns settle that.
         for _ in 0..TURNS {
             let uses: Vec<f64> = cut
                 .iter()
                 .zip(&round.stages)
                 .map(|(placement, &seconds)| match cost(placement) {
                     cost if cost.crowded.is_empty() => 0.0,
-                    cost => round.busy_share(seconds).min(1.0) * cost.uses_memory,
+                    cost => seconds * cost.uses_memory,
                 })
                 .collect();
-            let all: f64 = uses.iter().sum();
             for (stage, placement) in cut.iter().enumerate() {
+                // Stages of a full pipeline begin together: when the busiest one has ended.
+                let mut beside = uses.clone();
+                beside.remove(stage);
+                let together: f64 = beside.into_iter().map(|other| other.min(uses[stage])).sum();
                 // The factor was measured with all others busy all the time.
-                let company = ((all - uses[stage]) / others as f64).min(1.0);
+                let company = if uses[stage] > 0.0 { (together / (uses[stage] * others as f64)).min(1.0) } else { 0.0 };
                 let factor = cost(placement).crowded(round.rows);
                 round.stages[stage] = alone[stage] * (1.0 + (factor - 1.0) * company);
             }

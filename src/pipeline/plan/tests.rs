@@ -172,10 +172,17 @@ fn cpu_devices_that_compute_at_once_are_expected_to_make_each_other_slower() {
     let crowded = problem.predict(&cut);
     assert_eq!(crowded.one, alone.one, "a sequence alone is in one stage at a time");
     assert!((crowded.all.seconds() / alone.all.seconds() - 1.5).abs() < 1e-9, "{crowded:?}");
-    // A stage that waits for three quarters of its time takes a quarter of the memory from the other one.
+    // Made four times slower by waiting, the second stage uses the memory as long as before, beside the first.
     problem.devices[1].cost = problem.devices[1].cost.clone().slowed(4.0);
-    let busiest = problem.predict(&cut).all.stages[0];
-    assert!(busiest < 6.0 * 4.0 * 0.01 * 1.126, "{busiest}");
+    let slowed = problem.predict(&cut).all;
+    assert!((slowed.stages[1] / (4.0 * 6.0 * 4.0 * 0.01) - 1.5).abs() < 1e-9, "{slowed:?}");
+    // A stage of half the length takes half the memory from the other one.
+    let short = [Placement { device: 0, layers: 0..8 }, Placement { device: 1, layers: 8..11 }];
+    problem.devices[1].cost = problem.devices[0].cost.clone();
+    let uneven = problem.predict(&short).all;
+    assert!((uneven.stages[1] - 1.5 * 4.0 * 4.0 * 0.01).abs() < 1e-9, "{uneven:?}");
+    let ratio = uneven.stages[1] / uneven.stages[0];
+    assert!((uneven.stages[0] - 8.0 * 4.0 * 0.01 * (1.0 + 0.5 * ratio)).abs() < 1e-3, "{uneven:?}");
     // Worth the second device alone, and not in its company.
     problem.devices[1].cost = problem.devices[0].cost.clone();
     let planned = |problem: &Problem| problem.plan(Objective::Throughput).unwrap().stages.len();
