@@ -29,9 +29,9 @@
 //! The modules stand here in the order in which to read them; each uses only those above it.
 
 pub mod error;
-pub mod instrument;
 pub mod weights;
 pub mod kernels;
+pub mod instrument;
 pub mod device;
 pub mod model;
 pub mod backend;
