@@ -40,6 +40,9 @@ const MOST_DECODE_ROWS: usize = 64;
 /// Layers that are loaded together to find what a step costs besides its layers.
 const MOST_LAYERS_AT_ONCE: usize = 4;
 
+/// Part of a measured layer that can be the step's at most.
+const MOST_OF_A_LAYER: f64 = 0.9;
+
 /// Models of more bytes do not stay in a desktop's last-level cache from step to step.
 const CACHED_MODEL_BYTES: u64 = 32 << 20;
 
@@ -74,6 +77,10 @@ impl StepSeconds {
         let seconds = self.decode.iter().map(|&(_, seconds)| seconds).chain([self.prefill]);
         let rises = self.decode.windows(2).all(|pair| pair[0].0 < pair[1].0);
         rises && self.decode.first().is_some_and(|&(rows, _)| rows == 1) && seconds.into_iter().all(is_sound)
+    }
+
+    fn least(&self) -> f64 {
+        self.decode.iter().map(|&(_, seconds)| seconds).fold(self.prefill, f64::min)
     }
 
     fn less(mut self, seconds: f64) -> Self {
@@ -356,8 +363,9 @@ impl Subject<'_> {
             // One by one the layers take as many steps as there are layers, together one.
             let one_by_one: f64 = costs[run.clone()].iter().map(|layer| layer.decode(1)).sum();
             let between = (run.len() - 1) as f64;
-            let least = costs.iter().map(|layer| layer.decode(1)).fold(f64::INFINITY, f64::min);
-            step = ((one_by_one - several.decode(1, Wanted::Nothing)?) / between).clamp(0.0, least);
+            let least = costs.iter().map(StepSeconds::least).fold(f64::INFINITY, f64::min);
+            // Whatever else ran meanwhile, a layer is left something.
+            step = ((one_by_one - several.decode(1, Wanted::Nothing)?) / between).clamp(0.0, least * MOST_OF_A_LAYER);
             costs = costs.into_iter().map(|layer| layer.less(step)).collect();
             // Layers behind one another begin with what the ones before have left in the caches.
             for (index, rows) in self.decode_rows().into_iter().enumerate() {
@@ -491,13 +499,24 @@ impl Bench<'_> {
     }
 }
 
+/// One of those that are counted, until it is dropped: after a panic too, so that the others do not wait for it.
+struct Measuring<'a>(&'a AtomicUsize);
+
+impl Drop for Measuring<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// Seconds of a decode step of each while all of them compute.
 fn all_at_once(benches: &mut [Bench], rows: usize) -> Result<Vec<f64>> {
     let (start, measuring) = (Barrier::new(benches.len()), AtomicUsize::new(benches.len()));
     let decode = |bench: &mut Bench| {
         start.wait();
-        let seconds = bench.decode(rows, Wanted::Nothing);
-        measuring.fetch_sub(1, Ordering::Relaxed);
+        let seconds = {
+            let _measuring = Measuring(&measuring);
+            bench.decode(rows, Wanted::Nothing)
+        };
         // The others want company to the end.
         while seconds.is_ok() && measuring.load(Ordering::Relaxed) > 0 {
             bench.decode(rows, Wanted::Nothing)?;
