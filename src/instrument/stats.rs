@@ -34,13 +34,14 @@ impl TensorStats {
     pub fn of(values: &[f32]) -> TensorStats {
         let shift = values.iter().copied().find(|x| x.is_finite()).unwrap_or(0.0);
         let mut all = Isa::detect().compile(|| Sums::of(values, shift, |x| x));
+        let (mut nan_count, mut inf_count) = (0, 0);
         // Squares of finite values do not overflow in f64.
         if !all.squares.is_finite() {
             all = Sums::of(values, shift, |x| if x.is_finite() { x } else { shift });
-            all.nan = values.iter().filter(|x| x.is_nan()).count() as u64;
-            all.inf = values.iter().filter(|x| x.is_infinite()).count() as u64;
+            nan_count = values.iter().filter(|x| x.is_nan()).count() as u64;
+            inf_count = values.iter().filter(|x| x.is_infinite()).count() as u64;
         }
-        let finite = (values.len() as u64 - all.nan - all.inf) as f64;
+        let finite = (values.len() as u64 - nan_count - inf_count) as f64;
         let shift = f64::from(shift);
         if finite == 0.0 {
             return TensorStats {
@@ -50,8 +51,8 @@ impl TensorStats {
                 mean: 0.0,
                 std: 0.0,
                 l2: 0.0,
-                nan_count: all.nan,
-                inf_count: all.inf,
+                nan_count,
+                inf_count,
             };
         }
         let mean = all.sum / finite; // of the shifted values
@@ -65,8 +66,8 @@ impl TensorStats {
             mean: mean + shift,
             std: variance.sqrt(),
             l2: squares.max(0.0).sqrt(),
-            nan_count: all.nan,
-            inf_count: all.inf,
+            nan_count,
+            inf_count,
         }
     }
 
@@ -128,8 +129,6 @@ struct Sums {
     max: f32,
     sum: f64,
     squares: f64,
-    nan: u64,
-    inf: u64,
 }
 
 impl Sums {
@@ -157,8 +156,6 @@ impl Sums {
             max: max.into_iter().fold(f32::NEG_INFINITY, f32::max),
             sum: sum.iter().sum(),
             squares: squares.iter().sum(),
-            nan: 0,
-            inf: 0,
         }
     }
 }

@@ -129,9 +129,7 @@ impl Isa {
             Set::Scalar => unsafe { kernel.run::<scalar::Scalar>() },
         }
     }
-}
 
-impl Isa {
     /// Runs ordinary code that the compiler may use this instruction set's vectors for.
     #[inline]
     pub fn compile<R>(self, code: impl FnOnce() -> R) -> R {
