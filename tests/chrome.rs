@@ -16,8 +16,9 @@ use common::{Meddling, executor_with, greedy};
 use serde_json::Value;
 
 const PIPELINE: u64 = 1;
-const REQUESTS: u64 = 2;
-const SCHEDULER: u64 = 0;
+const SCHEDULER: u64 = 1;
+const FIRST_STAGE: u64 = 2;
+const REQUESTS: u64 = 1_000_000;
 
 /// A complete event, in nanoseconds.
 #[derive(Debug, Clone)]
@@ -141,7 +142,7 @@ impl Trace {
 
     /// What a stage did of one kind: `copy`, or a micro-batch by its kinds.
     fn of(&self, stage: u64, names: &[&str]) -> Vec<&Slice> {
-        let slices = self.slices.get(&(stage + 1)).map_or(&[][..], Vec::as_slice);
+        let slices = self.slices.get(&(FIRST_STAGE + stage)).map_or(&[][..], Vec::as_slice);
         slices.iter().filter(|slice| names.contains(&slice.name.as_str())).collect()
     }
 }
@@ -171,8 +172,8 @@ async fn a_trace_nests_flows_from_the_scheduler_to_the_tokens_and_adds_up_to_the
     let path = folder.path().join("trace.json");
     let (trace, stats) = traced(&path, None, Some(Duration::ZERO)).await;
     assert_eq!(trace.threads[&SCHEDULER], "scheduler");
-    assert_eq!(trace.threads[&1], "stage 0: cpu, layers 0-4");
-    assert_eq!(trace.threads[&2], "stage 1: cpu, layers 5-7");
+    assert_eq!(trace.threads[&FIRST_STAGE], "stage 0: cpu, layers 0-4");
+    assert_eq!(trace.threads[&(FIRST_STAGE + 1)], "stage 1: cpu, layers 5-7");
     for (stage, stats) in stats.iter().enumerate() {
         let sum = |names: &[&str]| -> Duration {
             let slices = trace.of(stage as u64, names);
@@ -196,6 +197,7 @@ async fn a_trace_nests_flows_from_the_scheduler_to_the_tokens_and_adds_up_to_the
     let steps = stats[0].steps as usize;
     assert!((0..8).all(|layer| names[format!("layer {layer}").as_str()] == steps), "{names:?}");
     assert_eq!((names["sdpa"], names["output"]), (8 * steps, steps));
+    assert_eq!((names["embedding"], names["input"]), (steps, steps));
     let within_steps = |stage: u64, inner: &str| {
         let steps = trace.of(stage, &STEPS);
         let inside = |inner: &&Slice| steps.iter().any(|step| step.from <= inner.from && inner.until <= step.until);
@@ -206,7 +208,7 @@ async fn a_trace_nests_flows_from_the_scheduler_to_the_tokens_and_adds_up_to_the
     // Each micro-batch goes through both stages, and each token has its way there.
     for events in trace.flows.values() {
         let stages: Vec<_> = events.iter().map(|(_, tid, _)| *tid).filter(|tid| *tid != SCHEDULER).collect();
-        assert_eq!(stages, [1, 2], "{events:?}");
+        assert_eq!(stages, [FIRST_STAGE, FIRST_STAGE + 1], "{events:?}");
     }
     let samples: Vec<&Slice> = trace.slices[&SCHEDULER].iter().filter(|slice| slice.name == "sample").collect();
     assert_eq!(samples.len(), 4 * 12);
@@ -239,7 +241,7 @@ async fn stages_are_seen_to_work_at_the_same_time_and_one_after_the_other() {
     assert!(overlap(&both) > stats[0].compute.as_nanos() as u64 / 3, "{} of {stats:?}", overlap(&both));
     let (one, _) = traced(&folder.path().join("one.json"), Some(1), None).await;
     assert_eq!(overlap(&one), 0);
-    assert!(!both.slices[&1].iter().any(|slice| slice.name.starts_with("layer")), "nobody asked for layers");
+    assert!(!both.slices[&FIRST_STAGE].iter().any(|slice| slice.name.starts_with("layer")), "nobody asked for layers");
 }
 
 #[tokio::test]

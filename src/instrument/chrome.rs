@@ -35,11 +35,13 @@ use super::queue::Sink;
 use super::{Event, Interest, Lap, ModelFacts, Outcome, Record, StepSlice, micros};
 use crate::error::Result;
 
-/// Process and thread numbers. Stages are threads from [`FIRST_STAGE`] on.
+/// Process and thread numbers, as an operating system could give them, because viewers take them for that: no thread has
+/// the number 0, a process's first thread has the number of the process, and no thread has that of another process.
+/// Stages are threads from [`FIRST_STAGE`] on.
 const PIPELINE: u64 = 1;
-const REQUESTS: u64 = 2;
-const SCHEDULER: u64 = 0;
-const FIRST_STAGE: u64 = 1;
+const SCHEDULER: u64 = PIPELINE;
+const FIRST_STAGE: u64 = 2;
+const REQUESTS: u64 = 1_000_000;
 
 /// What a trace has.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -102,7 +104,7 @@ impl ChromeTrace {
         };
         trace.name("process_name", PIPELINE, SCHEDULER, "pipeline");
         trace.name("thread_name", PIPELINE, SCHEDULER, "scheduler");
-        trace.name("process_name", REQUESTS, 0, "requests");
+        trace.name("process_name", REQUESTS, REQUESTS, "requests");
         trace.file.flush();
         Ok(trace)
     }
@@ -143,7 +145,7 @@ impl ChromeTrace {
     /// The beginning `b`, the end `e` or an instant `n` of what a request does.
     fn request(&mut self, ph: &str, request: u64, name: &str, at: Instant, args: Value) {
         let ts = self.ts(at);
-        self.put(json!({ "ph": ph, "name": name, "cat": "request", "id": request, "pid": REQUESTS, "tid": 0, "ts": ts, "args": args }));
+        self.put(json!({ "ph": ph, "name": name, "cat": "request", "id": request, "pid": REQUESTS, "tid": REQUESTS, "ts": ts, "args": args }));
     }
 
     fn counter(&mut self, name: &str, at: Instant, args: Value) {
@@ -201,7 +203,7 @@ impl ChromeTrace {
                 self.slice(Slice { tid, name: &name, category: "layer", from, duration, args });
             }
             for lap in laps {
-                let (name, duration) = (lap.phase.name(), lap.duration);
+                let (name, duration) = (lap.phase.name_on(stage), lap.duration);
                 self.slice(Slice { tid, name, category: "phase", from, duration, args: json!({}) });
                 from += duration;
             }

@@ -379,6 +379,15 @@ impl Phase {
             Phase::Output => "output",
         }
     }
+
+    /// Its name on a stage: all but the first begin with `input`, the previous stage's activations, and not with the
+    /// embedding.
+    pub fn name_on(self, stage: usize) -> &'static str {
+        match self {
+            Phase::Embedding if stage > 0 => "input",
+            phase => phase.name(),
+        }
+    }
 }
 
 /// Time of one phase.

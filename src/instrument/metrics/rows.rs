@@ -4,6 +4,7 @@
 
 use serde::Serialize;
 
+use super::super::Phase;
 use super::snapshot::{Bytes, LayerLatency, Snapshot, StageLatency, Timing};
 
 /// A time and what it is of.
@@ -113,7 +114,7 @@ pub fn build_latency_rows(snapshot: &Snapshot) -> Vec<LatencyRow> {
 }
 
 fn forward(snapshot: &Snapshot, index: usize, stage: &StageLatency) -> Tree {
-    let input = if index == 0 { "embedding" } else { "input" };
+    let input = Phase::Embedding.name_on(index);
     let layer = |layer: &LayerLatency| {
         let phases = layer.phases.iter().map(|(phase, timing)| Tree::leaf(phase.name(), *timing));
         Tree::of(format!("Layer {}", layer.layer), layer.total, phases.collect())

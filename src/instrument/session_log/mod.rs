@@ -445,7 +445,7 @@ impl SessionLog {
         }
         let request = self.request_of(step_id);
         for lap in laps {
-            let step = part(step_id, lap.phase.name(), "phase", stage, lap.layer, request);
+            let step = part(step_id, lap.phase.name_on(stage), "phase", stage, lap.layer, request);
             self.put(at, &Body::StepBegin(step));
             at += lap.duration;
             self.put(at, &Body::step_end(step, lap.duration));
