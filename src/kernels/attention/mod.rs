@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::f16;
 
-use stored::{Quantised, Stored, fitting, sums_so_far};
+use stored::{Ahead, Quantised, Stored, fitting, prefetch, sums_so_far};
 
 use super::kv::{GROUP, KvType, LayerKv, Layout, SLAB, STRIP, Strided};
 use super::ops::{capped, exp, store_part};
@@ -31,6 +31,9 @@ const CHUNK: usize = 256;
 
 /// Queries that are multiplied with a key or value once it is in a register.
 const TILE: usize = 6;
+
+/// Bytes that come from memory together.
+const CACHE_LINE: usize = 64;
 
 /// Dimensions or positions of a pass where registers do not take a whole [`SLAB`] or [`STRIP`].
 const PASS: usize = 16;
@@ -453,8 +456,11 @@ impl<N: Stored> Attend<'_, N> {
             };
             let packed = self.packed.add(first * N::packed_len(layout));
             for slab in from / SLAB..to.div_ceil(SLAB) {
-                let keys = keys.add((chunk * CHUNK / SLAB + slab) * layout.slab_bytes());
-                N::scores::<S, T>(keys, layout, packed, self.weights.add(slab * SLAB));
+                let position = chunk * CHUNK + slab * SLAB;
+                let keys = keys.add(position / SLAB * layout.slab_bytes());
+                let values = values.wrapping_add(position * STRIP.min(padded) * N::SIZE);
+                let ahead = Ahead { values, strip: layout.capacity * STRIP * N::SIZE };
+                N::scores::<S, T>(keys, layout, packed, self.weights.add(slab * SLAB), ahead);
             }
             for t in 0..T {
                 let (most, sum) = weigh::<S>(self.weights.add(t * CHUNK), visible[t], (from, to), self.shape.softcap);
@@ -464,6 +470,9 @@ impl<N: Stored> Attend<'_, N> {
             // As for keys: where a strip is more than one pass, each is over few positions.
             let fitting = const { fitting(S::REGISTERS, T) };
             let block = if fitting * LANES == STRIP { CHUNK } else { PASS };
+            let next = if chunk + 1 < self.task.chunks.end { chunk + 1 } else { chunk };
+            let next_keys = keys.wrapping_add(next * CHUNK / SLAB * layout.slab_bytes());
+            let strip_of_keys = STRIP * layout.slab_bytes() / layout.head_dim;
             for (index, (strip, width)) in layout.strips().enumerate() {
                 let values = values.add(strip + chunk * CHUNK * width * N::SIZE);
                 for start in (from..to).step_by(block) {
@@ -472,6 +481,8 @@ impl<N: Stored> Attend<'_, N> {
                         let mix = Mix {
                             values: values.add(dim * N::SIZE),
                             stride: width * N::SIZE,
+                            ahead: next_keys.wrapping_add(strip_of_keys * index + dim * N::SIZE),
+                            slab: layout.slab_bytes(),
                             scales: self.scales.wrapping_add((index * STRIP + dim) / GROUP * CHUNK),
                             weights: self.weights,
                             positions: start..to.min(start + block),
@@ -609,6 +620,10 @@ struct Mix {
     values: *const u8,
     /// Bytes from a position's values to the next position's.
     stride: usize,
+    /// Keys of the next chunk's positions, which are asked for: as many bytes in each slab as the values have.
+    ahead: *const u8,
+    /// Bytes from a slab of keys to the next.
+    slab: usize,
     scales: *const f32,
     weights: *const f32,
     positions: Range<usize>,
@@ -632,6 +647,8 @@ impl Mix {
             // SAFETY: as above.
             unsafe {
                 let values = self.values.add(position * self.stride);
+                let ahead = self.ahead.wrapping_add(position / SLAB * self.slab + position % SLAB * self.stride);
+                prefetch::<S>(ahead, D * LANES * N::SIZE);
                 let mut value = [S::splat(0.0); D];
                 for d in 0..D {
                     let scale = self.scales.wrapping_add(d * LANES / GROUP * CHUNK + position);

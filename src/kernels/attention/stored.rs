@@ -5,8 +5,8 @@
 
 use half::f16;
 
-use super::{CHUNK, PASS};
-use crate::kernels::kv::{Dense, GROUP, Layout, MOST_DIMS, SLAB, greatest, quantise};
+use super::{CACHE_LINE, CHUNK, PASS};
+use crate::kernels::kv::{Dense, GROUP, Layout, MOST_DIMS, SLAB, STRIP, greatest, quantise};
 use crate::kernels::simd::{LANES, Simd};
 
 /// A stored type of keys and values.
@@ -23,11 +23,18 @@ pub trait Stored: 'static {
     /// As of [`Simd`]; the query has a value for each dimension and `packed` room for all of the tile.
     unsafe fn pack<S: Simd>(layout: &Layout, query: *const f32, scale: f32, t: usize, tile: usize, packed: *mut f32);
 
-    /// The products of a tile of `T` queries with a slab of keys, to rows of `out` that are [`CHUNK`] apart.
+    /// The products of a tile of `T` queries with a slab of keys, to rows of `out` that are [`CHUNK`] apart. Asks
+    /// for the same positions' values, which are wanted next.
     ///
     /// # Safety
     /// As of [`Simd`]; slab and queries are as `layout` says, and `out` has room for [`SLAB`] results in each row.
-    unsafe fn scores<S: Simd, const T: usize>(slab: *const u8, layout: &Layout, packed: *const f32, out: *mut f32);
+    unsafe fn scores<S: Simd, const T: usize>(
+        slab: *const u8,
+        layout: &Layout,
+        packed: *const f32,
+        out: *mut f32,
+        ahead: Ahead,
+    );
 
     /// Sixteen of a position's values, multiplied with their group's scale if they have one.
     ///
@@ -53,14 +60,20 @@ impl<N: Dense> Stored for N {
     }
 
     #[inline(always)]
-    unsafe fn scores<S: Simd, const T: usize>(slab: *const u8, layout: &Layout, packed: *const f32, out: *mut f32) {
+    unsafe fn scores<S: Simd, const T: usize>(
+        slab: *const u8,
+        layout: &Layout,
+        packed: *const f32,
+        out: *mut f32,
+        ahead: Ahead,
+    ) {
         let (slab, dims) = (slab.cast::<N>(), layout.head_dim);
         // SAFETY: this function's conditions.
         unsafe {
             match const { fitting(S::REGISTERS, T) } {
-                4 => dense_scores::<S, N, T, 4>(slab, dims, packed, out),
-                2 => dense_scores::<S, N, T, 2>(slab, dims, packed, out),
-                _ => dense_scores::<S, N, T, 1>(slab, dims, packed, out),
+                4 => dense_scores::<S, N, T, 4>(slab, dims, packed, out, ahead),
+                2 => dense_scores::<S, N, T, 2>(slab, dims, packed, out, ahead),
+                _ => dense_scores::<S, N, T, 1>(slab, dims, packed, out, ahead),
             }
         }
     }
@@ -94,6 +107,7 @@ unsafe fn dense_scores<S: Simd, N: Dense, const T: usize, const P: usize>(
     dims: usize,
     packed: *const f32,
     out: *mut f32,
+    ahead: Ahead,
 ) {
     // Where a slab is more than one pass, each is over so few dimensions that memory is read in its order.
     let block = if P * LANES == SLAB { dims } else { PASS };
@@ -105,6 +119,7 @@ unsafe fn dense_scores<S: Simd, N: Dense, const T: usize, const P: usize>(
                 let mut sums = sums_so_far::<S, T, P>(out, CHUNK, start == 0);
                 for dim in start..dims.min(start + block) {
                     let (keys, queries) = (slab.add(dim * SLAB + first), packed.add(dim * T));
+                    prefetch::<S>(ahead.line(dim, SLAB * N::SIZE).wrapping_add(first * N::SIZE), P * LANES * N::SIZE);
                     let mut key = [S::splat(0.0); P];
                     for p in 0..P {
                         key[p] = N::load::<S>(keys.add(p * LANES));
@@ -123,6 +138,36 @@ unsafe fn dense_scores<S: Simd, N: Dense, const T: usize, const P: usize>(
                 }
             }
         }
+    }
+}
+
+/// Where the values of a slab's positions lie, as many bytes for a dimension as its keys have.
+#[derive(Clone, Copy)]
+pub struct Ahead {
+    /// Those of the first strip.
+    pub values: *const u8,
+    /// Bytes from a strip to the next.
+    pub strip: usize,
+}
+
+impl Ahead {
+    /// The part of dimension `dim`, of `bytes` bytes.
+    #[inline(always)]
+    fn line(self, dim: usize, bytes: usize) -> *const u8 {
+        self.values.wrapping_add(dim / STRIP * self.strip + dim % STRIP * bytes)
+    }
+}
+
+/// Asks for `bytes` bytes. Keys and values are read in turns, and the hardware's prefetcher has to find its way anew each
+/// time.
+///
+/// # Safety
+/// As of [`Simd`].
+#[inline(always)]
+pub unsafe fn prefetch<S: Simd>(from: *const u8, bytes: usize) {
+    for line in (0..bytes).step_by(CACHE_LINE) {
+        // SAFETY: this function's condition.
+        unsafe { S::prefetch(from.wrapping_add(line)) }
     }
 }
 
@@ -194,13 +239,19 @@ impl Stored for Quantised {
     }
 
     #[inline(always)]
-    unsafe fn scores<S: Simd, const T: usize>(slab: *const u8, layout: &Layout, packed: *const f32, out: *mut f32) {
+    unsafe fn scores<S: Simd, const T: usize>(
+        slab: *const u8,
+        layout: &Layout,
+        packed: *const f32,
+        out: *mut f32,
+        ahead: Ahead,
+    ) {
         // SAFETY: this function's conditions.
         unsafe {
             match const { fitting(S::REGISTERS, T) } {
-                4 => quantised_scores::<S, T, 4>(slab, layout.padded(), packed, out),
-                2 => quantised_scores::<S, T, 2>(slab, layout.padded(), packed, out),
-                _ => quantised_scores::<S, T, 1>(slab, layout.padded(), packed, out),
+                4 => quantised_scores::<S, T, 4>(slab, layout.padded(), packed, out, ahead),
+                2 => quantised_scores::<S, T, 2>(slab, layout.padded(), packed, out, ahead),
+                _ => quantised_scores::<S, T, 1>(slab, layout.padded(), packed, out, ahead),
             }
         }
     }
@@ -222,6 +273,7 @@ unsafe fn quantised_scores<S: Simd, const T: usize, const P: usize>(
     padded: usize,
     packed: *const f32,
     out: *mut f32,
+    ahead: Ahead,
 ) {
     let groups = padded / GROUP;
     for group in 0..groups {
@@ -239,6 +291,8 @@ unsafe fn quantised_scores<S: Simd, const T: usize, const P: usize>(
                     products[t] = [S::splat_i(*offsets.add(t)); P];
                 }
                 for i in 0..GROUP / 4 {
+                    let row = ahead.line(group * GROUP + 4 * i, SLAB);
+                    prefetch::<S>(row.wrapping_add(first * 4), P * LANES * 4);
                     for p in 0..P {
                         let key = S::load_bytes(keys.add(i * SLAB * 4 + p * LANES * 4));
                         for t in 0..T {
