@@ -77,7 +77,7 @@ type Configuration = (&'static str, fn(&mut Instruments, &Path) -> Result<()>);
 const CONFIGURATIONS: &[Configuration] = &[
     ("off", |_, _| Ok(())),
     ("events", |to, _| put(to, Nothing(Interest::default()))),
-    ("kv", |to, _| put(to, Nothing(Interest { kv: true, ..Interest::default() }))),
+    ("kv", |to, _| put(to, Nothing(Interest { kv: Some(Duration::ZERO), turns: true, ..Interest::default() }))),
     ("phases-5ms", |to, _| {
         put(to, Nothing(Interest { phases: Some(Duration::from_millis(5)), ..Interest::default() }))
     }),

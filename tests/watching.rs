@@ -63,7 +63,8 @@ fn everything() -> Interest {
         activations: true,
         attention: Some(AttentionFilter::default()),
         lens: Some(LensInterest { tokens: Vec::new(), top_k: 3 }),
-        kv: true,
+        kv: Some(Duration::ZERO),
+        turns: true,
     }
 }
 
@@ -132,7 +133,7 @@ async fn watching_changes_no_bit_and_each_cut_shows_the_same() {
 
 #[tokio::test]
 async fn every_request_is_told_from_its_arrival_to_its_end() {
-    let all = All::wanting(Interest { kv: true, ..Interest::default() });
+    let all = All::wanting(Interest { kv: Some(Duration::ZERO), ..Interest::default() });
     let options = ExecutorOptions { probe: Probe::new(all.clone()), max_sequences: 1, ..ExecutorOptions::default() };
     let executor = executor_with(DEMO_MODEL, "cpu,cpu", None, options).await.unwrap();
     let mut first = executor.infer_stream(PROMPT.to_vec(), 100_000, 0.0, 1.0);

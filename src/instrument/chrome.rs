@@ -316,7 +316,8 @@ impl Sink for ChromeTrace {
 
     fn interest(&self) -> Interest {
         let ChromeTraceOptions { phases, synchronise, .. } = self.options;
-        Interest { phases, synchronise: synchronise && phases.is_some(), kv: true, ..Interest::default() }
+        let synchronise = synchronise && phases.is_some();
+        Interest { phases, synchronise, kv: Some(Duration::ZERO), turns: true, ..Interest::default() }
     }
 }
 

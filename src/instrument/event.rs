@@ -69,7 +69,8 @@ pub enum Event {
         /// How.
         outcome: StepOutcome,
     },
-    /// The scheduler has done what there was to do, and waits for messages again.
+    /// The scheduler has done what there was to do, and waits for messages again. Told where an
+    /// [`Interest`](super::Interest) asks for it.
     SchedulerTurn {
         /// Time since it had a message.
         busy: Duration,
@@ -167,7 +168,7 @@ pub enum Event {
         /// Buffers that a forward pass computes in.
         scratch: u64,
     },
-    /// How the KV stands, after each step.
+    /// How the KV stands after a step, as often as an [`Interest`](super::Interest) asks for it.
     Kv(KvState),
     /// Events that a full queue did not take, see [`queue`](super::queue).
     Dropped {

@@ -56,8 +56,11 @@ pub struct Interest {
     pub attention: Option<AttentionFilter>,
     /// [`Event::Lens`], of the same rows.
     pub lens: Option<LensInterest>,
-    /// [`Event::Kv`], after every step.
-    pub kv: bool,
+    /// [`Event::Kv`] after a step, at most every so long where nothing but the valid positions has changed; zero is after
+    /// every step.
+    pub kv: Option<Duration>,
+    /// [`Event::SchedulerTurn`].
+    pub turns: bool,
 }
 
 /// Which heads are watched. An absent list is all of them.
@@ -130,7 +133,8 @@ impl Interest {
                 a.tokens.dedup();
                 LensInterest { tokens: a.tokens, top_k: a.top_k.max(b.top_k) }
             }),
-            kv: self.kv || other.kv,
+            kv: either(self.kv, other.kv, Duration::min),
+            turns: self.turns || other.turns,
         }
     }
 }
@@ -250,7 +254,8 @@ mod tests {
             phases: Some(Duration::from_millis(2)),
             attention: heads(Some(vec![1, 4])),
             lens: Some(LensInterest { tokens: vec![3, 7], top_k: 1 }),
-            kv: true,
+            kv: Some(Duration::from_millis(7)),
+            turns: true,
             ..Interest::default()
         };
         let probe = Probe::to_all(vec![Arc::new(Wants(first)), Arc::new(Wants(second.clone()))]);
@@ -258,7 +263,8 @@ mod tests {
         assert_eq!(merged.phases, Some(Duration::from_millis(2)));
         assert_eq!(merged.attention, heads(Some(vec![1, 3, 4])));
         assert_eq!(merged.lens, Some(LensInterest { tokens: vec![3, 7], top_k: 2 }));
-        assert!(merged.kv && !merged.activations && !merged.synchronise);
+        assert!(merged.turns && !merged.activations && !merged.synchronise);
+        assert_eq!(merged.kv, Some(Duration::from_millis(7)));
         let both =
             Probe::default().and(vec![Arc::new(Wants(second.clone()))]).and(vec![Arc::new(Wants(Interest::default()))]);
         assert_eq!(both.interest(), Some(&second), "adding to a probe takes nothing away");

@@ -61,6 +61,10 @@ impl Watcher {
                 self.phases_told = Some(now);
             }
         }
+        let Interest { activations, attention, lens, .. } = interest;
+        if *phases != StepPhases::Told && !activations && attention.is_none() && lens.is_none() {
+            return Watch::off();
+        }
         let laps = (*phases == StepPhases::Told).then(|| Laps {
             started: now,
             last: now,
@@ -68,9 +72,9 @@ impl Watcher {
             synchronise: interest.synchronise,
         });
         Watch {
-            activations: interest.activations.then(Activations::default),
-            attention: interest.attention.clone(),
-            hidden: interest.lens.is_some().then_some(hidden),
+            activations: activations.then(Activations::default),
+            attention: attention.clone(),
+            hidden: lens.is_some().then_some(hidden),
             laps,
             probe: self.probe.clone(),
             stage: self.stage,

@@ -138,10 +138,15 @@ pub struct Scheduler {
     kv_used: usize,
     /// Positions of sequences that are ending but not yet freed.
     closing: HashMap<SequenceId, usize>,
+    /// When [`Event::Kv`] was last told, and what of it changes with requests.
+    kv_told: Option<(Instant, KvHeld)>,
     /// Set when a stage has died: everything fails with it from then on.
     dead: Option<Error>,
     failed: Arc<std::sync::OnceLock<Error>>,
 }
+
+/// Positions that are set aside, running and waiting requests, and evictions.
+type KvHeld = (usize, usize, usize, u64);
 
 impl Scheduler {
     /// A scheduler with nothing to do. `failed` is set when a stage dies, for the handles to see.
@@ -173,6 +178,7 @@ impl Scheduler {
             evictions: 0,
             kv_used: 0,
             closing: HashMap::new(),
+            kv_told: None,
             dead: None,
             failed,
         }
@@ -203,7 +209,7 @@ impl Scheduler {
 
     fn serve(&mut self) {
         while let Ok(message) = self.next_message() {
-            let began = self.probe.is_on().then(Instant::now);
+            let began = self.probe.interest().is_some_and(|interest| interest.turns).then(Instant::now);
             let goes_on = self.turn(message);
             if let Some(began) = began {
                 let now = Instant::now();
@@ -332,8 +338,18 @@ impl Scheduler {
         }
         let outcome = if wanted { StepOutcome::Computed } else { StepOutcome::Unwanted };
         self.probe.emit(|| Event::StepFinished { step: number, outcome });
-        if self.probe.interest().is_some_and(|interest| interest.kv) {
-            self.probe.emit(|| Event::Kv(self.kv_state()));
+        self.tell_kv();
+    }
+
+    /// As often as anybody wants to know.
+    fn tell_kv(&mut self) {
+        let Some(every) = self.probe.interest().and_then(|interest| interest.kv) else { return };
+        let now = Instant::now();
+        let held = (self.kv_used, self.active.len(), self.waiting.len(), self.evictions);
+        let told = self.kv_told.is_some_and(|(at, before)| before == held && now.duration_since(at) < every);
+        if !told {
+            self.kv_told = Some((now, held));
+            self.probe.emit_at(now, || Event::Kv(self.kv_state()));
         }
     }
 

@@ -43,6 +43,9 @@ use super::queue::{Listener, Queue, QueueOptions, Sink, listen};
 use super::{Event, Interest, KvState, ModelFacts, Record};
 use crate::error::{Error, Result};
 
+/// How often valid positions are asked for while nothing else of the KV changes.
+const KV_EVERY: Duration = Duration::from_millis(5);
+
 /// What is gathered and how.
 #[derive(Debug, Clone, PartialEq)]
 pub struct MetricsOptions {
@@ -115,7 +118,8 @@ impl Metrics {
 }
 
 fn interest(options: &MetricsOptions) -> Interest {
-    Interest { phases: options.phases, synchronise: options.synchronise, kv: true, ..Interest::default() }
+    let MetricsOptions { phases, synchronise, .. } = *options;
+    Interest { phases, synchronise, kv: Some(KV_EVERY), ..Interest::default() }
 }
 
 fn lock(figures: &Mutex<Figures>) -> MutexGuard<'_, Figures> {

@@ -73,6 +73,8 @@ pub(super) struct Steps {
     window: usize,
     stages: usize,
     open: BTreeMap<u64, OpenStep>,
+    /// The step that the first stage told of last.
+    computed_first: Option<u64>,
     latest: VecDeque<StepSample>,
 }
 
@@ -97,6 +99,14 @@ impl Steps {
 
     /// A stage is done with a step at `at`.
     pub(super) fn computed(&mut self, stage: usize, step: u64, at: Instant, times: StageTimes) {
+        if stage == 0 {
+            // A stage tells the phases of a step before it tells of the next one, or never.
+            let before = self.computed_first.replace(step).filter(|_| self.phases);
+            let lacks_phases = |open: &OpenStep| open.stages.first().is_some_and(|sample| sample.laps.is_none());
+            if let Some(before) = before.filter(|before| self.open.get(before).is_some_and(lacks_phases)) {
+                self.open.remove(&before);
+            }
+        }
         let Some(open) = self.open.get_mut(&step) else { return };
         let Some(sample) = open.stages.get_mut(stage) else { return };
         sample.times = Some(times);

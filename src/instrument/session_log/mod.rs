@@ -617,7 +617,7 @@ impl Sink for SessionLog {
                 SessionLogLevel::Verbose => Some(Duration::ZERO),
             },
             activations: verbose,
-            kv: verbose,
+            kv: verbose.then_some(Duration::ZERO),
             ..Interest::default()
         }
     }

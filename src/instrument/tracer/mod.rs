@@ -38,6 +38,7 @@ mod collect;
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Serialize, Serializer};
 
@@ -124,7 +125,7 @@ impl ModelTracerConfig {
             activations: self.activations,
             attention: self.attention.as_ref().map(AttentionTraceConfig::filter),
             lens: self.logits.then(|| self.lens()),
-            kv: self.kv_cache,
+            kv: self.kv_cache.then_some(Duration::ZERO),
             ..Interest::default()
         }
     }

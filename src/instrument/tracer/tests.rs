@@ -77,7 +77,12 @@ fn presets_ask_the_forward_pass_for_what_they_say() {
     assert!(lightweight.is_enabled() && lightweight.attention.is_none() && !lightweight.logits);
     assert!(!lightweight.quant_error);
     let interest = lightweight.interest();
-    assert!(interest.activations && interest.kv && interest.attention.is_none() && interest.lens.is_none());
+    assert!(
+        interest.activations
+            && interest.kv == Some(Duration::ZERO)
+            && interest.attention.is_none()
+            && interest.lens.is_none()
+    );
     assert!(interest.phases.is_none() && !interest.synchronise);
     let full = ModelTracerConfig::full();
     assert!(full.quant_error && full.logits && full.attention.is_some());
