@@ -54,6 +54,10 @@ impl Collector for Timed {
     fn record(&self, record: &Arc<Record>) {
         self.0.lock().unwrap().push(record.clone());
     }
+
+    fn interest(&self) -> Interest {
+        Interest { turns: true, ..Interest::default() }
+    }
 }
 
 fn everything() -> Interest {
