@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use candle_pipeline::kernels::attention::{AttentionRows, AttentionShape, attend};
 use candle_pipeline::kernels::input::Input;
 use candle_pipeline::kernels::kv::{KvType, LayerKv, Strided};
-use candle_pipeline::kernels::matrix::{Matrix, Product, multiply, needs_blocks};
+use candle_pipeline::kernels::matrix::{Matrix, Product, multiply};
 use candle_pipeline::kernels::pool::Pool;
 use candle_pipeline::kernels::simd::Isa;
 use candle_pipeline::weights::WeightType;
@@ -90,9 +90,7 @@ fn matmul(c: &mut Criterion) {
             for (i, value) in input.reset(m, K).iter_mut().enumerate() {
                 *value = ((i * 31 + 7) % 257) as f32 / 128.5 - 1.0;
             }
-            if needs_blocks(dtype) {
-                input.quantise(&pool, isa);
-            }
+            input.prepare(&pool, isa, std::iter::once(dtype));
             let mut out = vec![0f32; m * N];
             let streams = m <= 4;
             group.throughput(match streams {

@@ -16,7 +16,7 @@ use crate::instrument::{AttentionFilter, HiddenRow, Phase, Tap, Watch};
 use crate::kernels::attention::{AttentionRows, AttentionShape, attend};
 use crate::kernels::input::Input;
 use crate::kernels::kv::{KvType, LayerKv, MOST_DIMS, Strided};
-use crate::kernels::matrix::{Matrix, Product, multiply, needs_blocks};
+use crate::kernels::matrix::{Matrix, Product, multiply};
 use crate::kernels::ops;
 use crate::kernels::rows::{RowsMut, each_row};
 use crate::model::config::{Activation, DecoderConfig, LayerRope, QkNorm};
@@ -426,9 +426,7 @@ impl Stage {
     /// Products of one input, without biases.
     fn project<const N: usize>(&self, input: &mut Input, projections: [(&Linear<Cpu>, &mut [f32]); N]) {
         let Cpu { pool, isa } = &self.cpu;
-        if projections.iter().any(|(linear, _)| needs_blocks(linear.matrix.dtype())) {
-            input.quantise(pool, *isa);
-        }
+        input.prepare(pool, *isa, projections.iter().map(|(linear, _)| linear.matrix.dtype()));
         let mut products = projections.map(|(linear, out)| Product { matrix: &linear.matrix, out });
         multiply(pool, *isa, input, &mut products);
     }

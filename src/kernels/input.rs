@@ -1,7 +1,10 @@
-//! The inputs of a matrix product: rows of f32, and the same in 8 bits for quantised matrices. Several matrices that read
+//! The inputs of a matrix product: rows of f32, the same in 8 bits for quantised matrices, and in BF16 for those. Several matrices that read
 //! the same input (q, k and v; gate and up) share one.
 
 use super::pool::Pool;
+use super::rows::{RowsMut, each_row};
+use half::bf16;
+
 use super::simd::{Isa, Kernel, LANES, Simd};
 
 /// Columns that share a scale.
@@ -35,12 +38,14 @@ pub struct Input {
     values: Vec<f32>,        // (rows, columns)
     blocks: Vec<InputBlock>, // (columns / BLOCK, rows)
     quantised: bool,
+    pairs: Vec<[bf16; 2]>, // (rows, columns / 2, rounded up)
+    rounded: bool,
 }
 
 impl Input {
     /// Makes room for `rows` rows of `columns` values and lends them for writing; what was in them is unspecified.
     pub fn reset(&mut self, rows: usize, columns: usize) -> &mut [f32] {
-        (self.rows, self.columns, self.quantised) = (rows, columns, false);
+        (self.rows, self.columns, self.quantised, self.rounded) = (rows, columns, false, false);
         if self.values.len() < rows * columns {
             self.values.resize(rows * columns, 0.0);
         }
@@ -49,7 +54,8 @@ impl Input {
 
     /// Bytes that it keeps.
     pub fn bytes(&self) -> u64 {
-        (self.values.capacity() * size_of::<f32>() + self.blocks.capacity() * size_of::<InputBlock>()) as u64
+        let values = self.values.capacity() * size_of::<f32>() + self.pairs.capacity() * size_of::<[bf16; 2]>();
+        (values + self.blocks.capacity() * size_of::<InputBlock>()) as u64
     }
 
     /// Number of rows.
@@ -67,7 +73,7 @@ impl Input {
         &self.values[..self.rows * self.columns]
     }
 
-    /// The rows, to write; 8-bit blocks are not made anew.
+    /// The rows, to write; 8-bit blocks and pairs are not made anew.
     pub fn values_mut(&mut self) -> &mut [f32] {
         &mut self.values[..self.rows * self.columns]
     }
@@ -103,6 +109,44 @@ impl Input {
         }
         self.quantised = true;
     }
+
+    /// The rows in BF16, two columns together, the last one of an odd number with a zero. Empty until they have been made.
+    pub fn pairs(&self) -> &[[bf16; 2]] {
+        let count = if self.rounded { self.columns.div_ceil(2) * self.rows } else { 0 };
+        &self.pairs[..count]
+    }
+
+    /// Makes the pairs: each value is rounded to the nearest, ties to even.
+    pub fn round(&mut self, pool: &Pool, isa: Isa) {
+        let (rows, columns) = (self.rows, self.columns);
+        let count = columns.div_ceil(2) * rows;
+        if self.pairs.len() < count {
+            self.pairs.resize(count, [bf16::ZERO; 2]);
+        }
+        let (values, pairs) = (&self.values[..rows * columns], &mut self.pairs[..count]);
+        each_row(pool, [RowsMut::new(pairs, columns.div_ceil(2))], |row, [pairs]| {
+            let values = &values[row * columns..][..columns];
+            isa.compile(|| {
+                let (twos, rest) = values.as_chunks::<2>();
+                for (pair, two) in pairs.iter_mut().zip(twos) {
+                    *pair = two.map(to_bf16);
+                }
+                if let [last] = rest {
+                    pairs[twos.len()] = [to_bf16(*last), bf16::ZERO];
+                }
+            });
+        });
+        self.rounded = true;
+    }
+}
+
+/// Without a branch, so that the compiler makes vectors of it.
+#[inline(always)]
+fn to_bf16(value: f32) -> bf16 {
+    let bits = value.to_bits();
+    let rounded = (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16;
+    // A rounded NaN might be none.
+    bf16::from_bits(if value.is_nan() { (bits >> 16) as u16 | 0x40 } else { rounded })
 }
 
 /// A pointer that threads share.

@@ -99,7 +99,9 @@ impl Matrix {
             return None;
         }
         let groups = n.div_ceil(LANES);
-        let group_bytes = row_bytes * LANES;
+        // BF16 goes by two columns.
+        let padded = if dtype == WeightType::BF16 { row_bytes.next_multiple_of(4) } else { row_bytes };
+        let group_bytes = padded * LANES;
         let mut data = Buffer::zeroed(groups.checked_mul(group_bytes)?);
         let out = Pointer(data.as_mut_slice().as_mut_ptr());
         pool.for_each(groups, |group| {
@@ -108,7 +110,7 @@ impl Matrix {
             let packed = unsafe { std::slice::from_raw_parts_mut(out.0.add(group * group_bytes), group_bytes) };
             let rows: [Option<&[u8]>; LANES] =
                 std::array::from_fn(|lane| bytes.get((group * LANES + lane) * row_bytes..)?.get(..row_bytes));
-            with_format!(dtype, F => pack_group::<F>(rows, packed), dense => pack_dense(rows, row_bytes / k, packed));
+            with_format!(dtype, F => pack_group::<F>(rows, packed), dense => pack_dense(dtype, rows, packed));
         });
         Some(Matrix { n, k, dtype, data })
     }
@@ -144,13 +146,15 @@ impl Matrix {
                 F::unpack_row(block, lane, out);
             }
         }, dense => {
-            let size = group_bytes / LANES / self.k;
             for (column, out) in out.iter_mut().enumerate() {
-                let bytes = &group[(column * LANES + lane) * size..][..size];
+                let two = |at: usize| [group[at], group[at + 1]];
                 *out = match self.dtype {
-                    WeightType::F16 => f16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
-                    WeightType::BF16 => bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
-                    _ => f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
+                    WeightType::F16 => f16::from_le_bytes(two((column * LANES + lane) * 2)).to_f32(),
+                    WeightType::BF16 => bf16::from_le_bytes(two((column / 2 * LANES + lane) * 4 + column % 2 * 2)).to_f32(),
+                    _ => {
+                        let at = (column * LANES + lane) * 4;
+                        f32::from_le_bytes([group[at], group[at + 1], group[at + 2], group[at + 3]])
+                    }
                 };
             }
         });
@@ -158,8 +162,25 @@ impl Matrix {
 }
 
 /// Whether products with matrices of this type read an input's 8-bit blocks, see [`Input::quantise`].
-pub fn needs_blocks(dtype: WeightType) -> bool {
+fn needs_blocks(dtype: WeightType) -> bool {
     !dtype.is_dense()
+}
+
+/// Whether they read its pairs, see [`Input::round`].
+fn needs_pairs(dtype: WeightType) -> bool {
+    dtype == WeightType::BF16
+}
+
+impl Input {
+    /// Makes the forms that products with matrices of these types read, besides the values.
+    pub fn prepare(&mut self, pool: &Pool, isa: Isa, dtypes: impl Iterator<Item = WeightType> + Clone) {
+        if dtypes.clone().any(needs_blocks) {
+            self.quantise(pool, isa);
+        }
+        if dtypes.clone().any(needs_pairs) {
+            self.round(pool, isa);
+        }
+    }
 }
 
 /// Computes products with one input, in one pass over the pool's threads.
@@ -170,6 +191,8 @@ pub fn multiply(pool: &Pool, isa: Isa, input: &Input, products: &mut [Product]) 
         assert!(k == input.columns() && product.out.len() == m * n, "product of {m} inputs with wrong sizes");
         let blocks = input.blocks().len();
         assert!(!needs_blocks(product.matrix.dtype) || blocks == k / SUB * m, "the input has not been quantised");
+        let pairs = input.pairs().len();
+        assert!(!needs_pairs(product.matrix.dtype) || pairs == k.div_ceil(2) * m, "the input has not been rounded");
     }
     // A task is a run of groups of one matrix. Four at a time, which is how dense ones are multiplied.
     let work: usize = products.iter().map(|p| p.matrix.n * p.matrix.k).sum();
@@ -242,7 +265,10 @@ impl Task<'_> {
             let kernel = Dense {
                 dtype: *dtype,
                 weights,
-                input: self.input.values().as_ptr(),
+                input: match dtype {
+                    WeightType::BF16 => self.input.pairs().as_ptr().cast(),
+                    _ => self.input.values().as_ptr().cast(),
+                },
                 m,
                 out: self.out,
                 first: self.first,
@@ -251,7 +277,12 @@ impl Task<'_> {
                 k: *k,
             };
             // SAFETY: as above.
-            unsafe { self.isa.run(kernel) }
+            unsafe {
+                match dtype {
+                    WeightType::BF16 => self.isa.run_bf16(Rounded(kernel)),
+                    _ => self.isa.run(kernel),
+                }
+            }
         });
     }
 }
@@ -267,20 +298,20 @@ fn pack_group<F: Format>(rows: [Option<&[u8]>; LANES], packed: &mut [u8]) {
     }
 }
 
-/// Dense types: the sixteen rows' values of a column lie side by side.
-fn pack_dense(rows: [Option<&[u8]>; LANES], size: usize, packed: &mut [u8]) {
+/// Dense types: the sixteen rows' values of a column lie side by side; of BF16, those of two columns.
+fn pack_dense(dtype: WeightType, rows: [Option<&[u8]>; LANES], packed: &mut [u8]) {
     for (lane, row) in rows.into_iter().enumerate() {
         let Some(row) = row else { continue };
-        match size {
-            2 => interleave::<2>(row, lane, packed),
+        match dtype {
+            WeightType::F16 => interleave::<2>(row, lane, packed),
             _ => interleave::<4>(row, lane, packed),
         }
     }
 }
 
 fn interleave<const SIZE: usize>(row: &[u8], lane: usize, packed: &mut [u8]) {
-    for (value, column) in row.chunks_exact(SIZE).zip(packed.chunks_exact_mut(SIZE * LANES)) {
-        column[lane * SIZE..][..SIZE].copy_from_slice(value);
+    for (value, column) in row.chunks(SIZE).zip(packed.chunks_exact_mut(SIZE * LANES)) {
+        column[lane * SIZE..][..value.len()].copy_from_slice(value);
     }
 }
 
@@ -478,7 +509,8 @@ pub(super) unsafe fn add_sub<S: Simd, F: Format>(
 struct Dense {
     dtype: WeightType,
     weights: *const u8,
-    input: *const f32,
+    /// Values, or of BF16 pairs.
+    input: *const u8,
     m: usize,
     out: *mut f32,
     first: usize,
@@ -505,39 +537,92 @@ impl Kernel for Dense {
         unsafe {
             match self.dtype {
                 WeightType::F16 => self.run_type::<S, f16>(),
-                WeightType::BF16 => self.run_type::<S, bf16>(),
                 _ => self.run_type::<S, f32>(),
             }
         }
     }
 }
 
-/// A dense stored type.
-trait Value: Copy {
-    unsafe fn load<S: Simd>(from: *const Self) -> S::F;
+/// The same of BF16, with inputs that are rounded to it: twice the multiplications in an instruction where there is one.
+struct Rounded(Dense);
+
+impl Kernel for Rounded {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        // SAFETY: as of `Dense`.
+        unsafe { self.0.run_type::<S, [bf16; 2]>() }
+    }
 }
 
+/// What a row has of a dense matrix for a step of a product.
+///
+/// # Safety of all functions
+/// As of [`Simd`]: pointers to weights have sixteen, those to inputs one.
+trait Value: Copy {
+    /// Columns of a step.
+    const COLUMNS: usize;
+    /// What an input has for it.
+    type X;
+    /// Sixteen rows' weights in registers.
+    type W<S: Simd>: Copy;
+
+    unsafe fn load<S: Simd>(from: *const Self) -> Self::W<S>;
+    unsafe fn multiply_add<S: Simd>(w: Self::W<S>, x: *const Self::X, sum: S::F) -> S::F;
+}
+
+// SAFETY of all blocks: the trait's conditions.
+#[allow(clippy::undocumented_unsafe_blocks)]
 impl Value for f32 {
+    const COLUMNS: usize = 1;
+    type X = f32;
+    type W<S: Simd> = S::F;
+
     #[inline(always)]
     unsafe fn load<S: Simd>(from: *const f32) -> S::F {
-        // SAFETY: the caller's pointer has sixteen values.
         unsafe { S::load(from) }
     }
-}
 
-impl Value for f16 {
     #[inline(always)]
-    unsafe fn load<S: Simd>(from: *const f16) -> S::F {
-        // SAFETY: as above.
-        unsafe { S::load_f16(from) }
+    unsafe fn multiply_add<S: Simd>(w: S::F, x: *const f32, sum: S::F) -> S::F {
+        unsafe { S::fma(w, S::splat(*x), sum) }
     }
 }
 
-impl Value for bf16 {
+// SAFETY of all blocks: the trait's conditions.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Value for f16 {
+    const COLUMNS: usize = 1;
+    type X = f32;
+    type W<S: Simd> = S::F;
+
     #[inline(always)]
-    unsafe fn load<S: Simd>(from: *const bf16) -> S::F {
-        // SAFETY: as above.
-        unsafe { S::load_bf16(from) }
+    unsafe fn load<S: Simd>(from: *const f16) -> S::F {
+        unsafe { S::load_f16(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply_add<S: Simd>(w: S::F, x: *const f32, sum: S::F) -> S::F {
+        unsafe { S::fma(w, S::splat(*x), sum) }
+    }
+}
+
+// SAFETY of all blocks: the trait's conditions.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Value for [bf16; 2] {
+    const COLUMNS: usize = 2;
+    type X = [bf16; 2];
+    type W<S: Simd> = S::B;
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(from: *const [bf16; 2]) -> S::B {
+        unsafe { S::load_bytes(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply_add<S: Simd>(w: S::B, x: *const [bf16; 2], sum: S::F) -> S::F {
+        unsafe { S::dot_bf16(sum, w, x) }
     }
 }
 
@@ -578,20 +663,21 @@ impl Dense {
     /// `G` groups with `M` inputs: every result is one chain of multiply-adds over the columns.
     #[inline(always)]
     unsafe fn tile<S: Simd, V: Value, const G: usize, const M: usize>(&self, group: usize, start: usize) {
-        // SAFETY: a group is `k` vectors of `V`; inputs are `k` values each.
+        let steps = self.k.div_ceil(V::COLUMNS);
+        // SAFETY: a group is as many vectors of `V` as there are steps, and an input has as many `X`.
         unsafe {
-            let weights = self.weights.cast::<V>().add(group * self.k * LANES);
-            let input = self.input.add(start * self.k);
+            let weights = self.weights.cast::<V>().add(group * steps * LANES);
+            let input = self.input.cast::<V::X>().add(start * steps);
             let mut sums = [[S::splat(0.0); G]; M];
-            for column in 0..self.k {
-                let mut w = [S::splat(0.0); G];
-                for (g, w) in w.iter_mut().enumerate() {
-                    *w = V::load::<S>(weights.add((g * self.k + column) * LANES));
+            for step in 0..steps {
+                let mut w = [V::load::<S>(weights.add(step * LANES)); G];
+                for g in 1..G {
+                    w[g] = V::load::<S>(weights.add((g * steps + step) * LANES));
                 }
                 for i in 0..M {
-                    let x = S::splat(*input.add(i * self.k + column));
+                    let x = input.add(i * steps + step);
                     for g in 0..G {
-                        sums[i][g] = S::fma(w[g], x, sums[i][g]);
+                        sums[i][g] = V::multiply_add::<S>(w[g], x, sums[i][g]);
                     }
                 }
             }
@@ -633,6 +719,7 @@ mod tests {
         if k.is_multiple_of(SUB) {
             input.quantise(pool, isa);
         }
+        input.round(pool, isa);
         input
     }
 
@@ -678,9 +765,15 @@ mod tests {
                         let out = product(&matrix, &input, &pool, isa);
                         for i in 0..m {
                             // What the product sees of the input.
-                            let x: Vec<f64> = match dtype.is_dense() {
-                                true => input.values()[i * k..][..k].iter().map(|&v| v as f64).collect(),
-                                false => (0..k)
+                            let x: Vec<f64> = match dtype {
+                                WeightType::F32 | WeightType::F16 => {
+                                    input.values()[i * k..][..k].iter().map(|&v| v as f64).collect()
+                                }
+                                WeightType::BF16 => {
+                                    let pairs = &input.pairs()[i * k.div_ceil(2)..][..k.div_ceil(2)];
+                                    pairs.as_flattened()[..k].iter().map(|v| v.to_f64()).collect()
+                                }
+                                _ => (0..k)
                                     .map(|c| {
                                         let block = &input.blocks()[c / SUB * m + i];
                                         block.values[c % SUB] as f64 * block.scale as f64
@@ -719,7 +812,7 @@ mod tests {
                 for i in [0, 1, 6, 77, 127, 128, 139] {
                     let mut alone = Input::default();
                     alone.reset(1, k).copy_from_slice(&all.values()[i * k..][..k]);
-                    alone.quantise(&one, isa);
+                    alone.prepare(&one, isa, [dtype].into_iter());
                     let out = product(&matrix, &alone, &one, isa);
                     assert_eq!(bits(&out), bits(&together[i * n..][..n]), "{dtype} {isa} input {i}");
                 }
@@ -748,10 +841,10 @@ mod tests {
                 let (_, matrix) = matrix(dtype, 3, 256);
                 let mut input = inputs(1, 256, &pool, isa);
                 input.values_mut()[..4].copy_from_slice(&[f32::MAX / 1e6, -1e30, 1e-40, 0.0]);
-                input.quantise(&pool, isa);
+                input.prepare(&pool, isa, [dtype].into_iter());
                 assert!(product(&matrix, &input, &pool, isa).iter().all(|v| v.is_finite()), "{dtype} {isa}");
                 input.values_mut()[5] = f32::INFINITY;
-                input.quantise(&pool, isa);
+                input.prepare(&pool, isa, [dtype].into_iter());
                 assert!(product(&matrix, &input, &pool, isa).iter().all(|v| !v.is_finite()), "{dtype} {isa}");
             }
         }

@@ -6,21 +6,25 @@ use super::pool::Pool;
 const PARALLEL_FROM: usize = 1 << 14;
 
 /// Rows of some width that lie one after the other.
-pub struct RowsMut<'a> {
-    values: &'a mut [f32],
+pub struct RowsMut<'a, T> {
+    values: &'a mut [T],
     width: usize,
 }
 
-impl<'a> RowsMut<'a> {
+impl<'a, T> RowsMut<'a, T> {
     /// Rows of `width` values.
-    pub fn new(values: &'a mut [f32], width: usize) -> Self {
+    pub fn new(values: &'a mut [T], width: usize) -> Self {
         assert!(values.len().is_multiple_of(width), "{} values are no rows of {width}", values.len());
         RowsMut { values, width }
     }
 }
 
 /// Calls `work(i, row i of each buffer)` for each row, on several threads when there is enough to do.
-pub fn each_row<const N: usize>(pool: &Pool, buffers: [RowsMut<'_>; N], work: impl Fn(usize, [&mut [f32]; N]) + Sync) {
+pub fn each_row<T: Send, const N: usize>(
+    pool: &Pool,
+    buffers: [RowsMut<'_, T>; N],
+    work: impl Fn(usize, [&mut [T]; N]) + Sync,
+) {
     let rows = buffers[0].values.len() / buffers[0].width;
     for buffer in &buffers {
         assert!(buffer.values.len() == rows * buffer.width, "buffers with different numbers of rows");
@@ -39,9 +43,9 @@ pub fn each_row<const N: usize>(pool: &Pool, buffers: [RowsMut<'_>; N], work: im
 }
 
 /// Where buffers start, and the width of their rows.
-struct Starts<const N: usize>([(*mut f32, usize); N]);
+struct Starts<T, const N: usize>([(*mut T, usize); N]);
 // SAFETY: threads write different rows.
-unsafe impl<const N: usize> Sync for Starts<N> {}
+unsafe impl<T: Send, const N: usize> Sync for Starts<T, N> {}
 
 #[cfg(test)]
 mod tests {

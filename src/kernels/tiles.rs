@@ -140,7 +140,7 @@ unsafe fn dot<F: Format>(inputs: *const i8, count: usize, columns: *const u8, su
 /// [`is_available`], the CPU has AVX-512, and the kernel's own conditions.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 pub(super) unsafe fn run<F: Format>(kernel: &Quantised<F>) {
-    type S = Avx512;
+    type S = Avx512<false>;
     let Quantised { m, start: first_input, tile, k, n, .. } = *kernel;
     let config = Config::new::<F>(tile % TILE);
     let group_bytes = k / F::COLUMNS * F::PACKED;

@@ -141,9 +141,7 @@ impl Matrix {
                 let rows = values.len() / matrix.columns();
                 let mut input = Input::default();
                 input.reset(rows, matrix.columns()).copy_from_slice(&values);
-                if matrix::needs_blocks(matrix.dtype()) {
-                    input.quantise(&cpu.pool, cpu.isa);
-                }
+                input.prepare(&cpu.pool, cpu.isa, std::iter::once(matrix.dtype()));
                 let mut out = vec![0f32; rows * matrix.rows()];
                 matrix::multiply(&cpu.pool, cpu.isa, &input, &mut [Product { matrix, out: &mut out }]);
                 Ok(Tensor::from_vec(out, (rows, matrix.rows()), &Device::Cpu)?)

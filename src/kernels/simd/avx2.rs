@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use half::{bf16, f16};
+use half::f16;
 
 use super::{Kernel, Simd};
 
@@ -123,15 +123,6 @@ impl Simd for Avx2 {
         unsafe {
             let from = from.cast::<__m128i>();
             [_mm256_cvtph_ps(_mm_loadu_si128(from)), _mm256_cvtph_ps(_mm_loadu_si128(from.add(1)))]
-        }
-    }
-    #[inline(always)]
-    unsafe fn load_bf16(from: *const bf16) -> Self::F {
-        unsafe {
-            let from = from.cast::<__m128i>();
-            let low = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from)));
-            let high = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(1))));
-            [_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)]
         }
     }
     #[inline(always)]
@@ -280,6 +271,17 @@ impl Simd for Avx2 {
             let low = dot(acc[0], _mm256_abs_epi8(w[0]), _mm256_sign_epi8(x, w[0]));
             let high = dot(acc[1], _mm256_abs_epi8(w[1]), _mm256_sign_epi8(x, w[1]));
             [low, high]
+        }
+    }
+    #[inline(always)]
+    unsafe fn widen_bf16(pairs: Self::B) -> [Self::F; 2] {
+        unsafe {
+            let second = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+            [
+                [_mm256_slli_epi32::<16>(pairs[0]), _mm256_slli_epi32::<16>(pairs[1])],
+                [_mm256_and_si256(pairs[0], second), _mm256_and_si256(pairs[1], second)],
+            ]
+            .map(|halves| [_mm256_castsi256_ps(halves[0]), _mm256_castsi256_ps(halves[1])])
         }
     }
 }

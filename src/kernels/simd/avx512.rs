@@ -6,9 +6,9 @@ use half::{bf16, f16};
 
 use super::{Kernel, Simd};
 
-/// AVX-512 F, BW, VL, DQ and VNNI.
+/// AVX-512 F, BW, VL, DQ and VNNI, and the instruction for [`Simd::dot_bf16`] if `BF16`.
 #[derive(Clone, Copy)]
-pub struct Avx512;
+pub struct Avx512<const BF16: bool>;
 
 /// Whether this CPU has them all.
 pub fn is_available() -> bool {
@@ -28,12 +28,27 @@ pub fn is_available() -> bool {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 pub unsafe fn enter<K: Kernel>(kernel: K) -> K::Output {
     // SAFETY: this function's conditions.
-    unsafe { kernel.run::<Avx512>() }
+    unsafe { kernel.run::<Avx512<false>>() }
+}
+
+/// Whether this CPU has the instruction for bf16 too.
+pub fn has_bf16() -> bool {
+    is_available() && is_x86_feature_detected!("avx512bf16")
+}
+
+/// Runs a kernel compiled for AVX-512 with the instruction for bf16.
+///
+/// # Safety
+/// [`has_bf16`], and the kernel's own conditions.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,avx2,fma,f16c")]
+pub unsafe fn enter_bf16<K: Kernel>(kernel: K) -> K::Output {
+    // SAFETY: this function's conditions.
+    unsafe { kernel.run::<Avx512<true>>() }
 }
 
 // SAFETY of all blocks: the trait's conditions.
 #[allow(clippy::undocumented_unsafe_blocks)]
-impl Simd for Avx512 {
+impl<const BF16: bool> Simd for Avx512<BF16> {
     type F = __m512;
     type I = __m512i;
     type B = __m512i;
@@ -100,13 +115,6 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn load_f16(from: *const f16) -> __m512 {
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
-    }
-    #[inline(always)]
-    unsafe fn load_bf16(from: *const bf16) -> __m512 {
-        unsafe {
-            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
-        }
     }
     #[inline(always)]
     unsafe fn store_f16(to: *mut f16, value: __m512) {
@@ -195,5 +203,28 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn dot_i8(acc: __m512i, w: __m512i, x: *const i8) -> __m512i {
         unsafe { Self::dot_u7(acc, _mm512_xor_si512(w, _mm512_set1_epi8(-128)), x) }
+    }
+    #[inline(always)]
+    unsafe fn widen_bf16(pairs: __m512i) -> [__m512; 2] {
+        unsafe {
+            let second = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)), _mm512_castsi512_ps(second)]
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot_bf16(acc: __m512, w: __m512i, x: *const [bf16; 2]) -> __m512 {
+        unsafe {
+            if BF16 {
+                let x = _mm512_set1_epi32(x.cast::<i32>().read_unaligned());
+                // The type of the instruction's operands has no other use, and no conversion.
+                _mm512_dpbf16_ps(
+                    acc,
+                    std::mem::transmute::<__m512i, __m512bh>(w),
+                    std::mem::transmute::<__m512i, __m512bh>(x),
+                )
+            } else {
+                super::fma_bf16::<Self>(acc, w, x)
+            }
+        }
     }
 }

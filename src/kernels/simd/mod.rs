@@ -130,6 +130,21 @@ impl Isa {
         }
     }
 
+    /// Runs a kernel compiled for this instruction set and, where the CPU has it, the instruction for
+    /// [`dot_bf16`](Simd::dot_bf16). For kernels that use it: every kernel more takes its time to compile.
+    ///
+    /// # Safety
+    /// The kernel's own conditions hold.
+    pub(super) unsafe fn run_bf16<K: Kernel>(self, kernel: K) -> K::Output {
+        match self.0 {
+            // SAFETY: as of `run`.
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512 | Set::Amx if avx512::has_bf16() => unsafe { avx512::enter_bf16(kernel) },
+            // SAFETY: as above.
+            _ => unsafe { self.run(kernel) },
+        }
+    }
+
     /// Runs ordinary code that the compiler may use this instruction set's vectors for.
     #[inline]
     pub fn compile<R>(self, code: impl FnOnce() -> R) -> R {
@@ -220,7 +235,6 @@ pub trait Simd: Copy + 'static {
     unsafe fn greatest(a: Self::F) -> f32;
 
     unsafe fn load_f16(from: *const f16) -> Self::F;
-    unsafe fn load_bf16(from: *const bf16) -> Self::F;
     /// Rounds to nearest, ties to even.
     unsafe fn store_f16(to: *mut f16, value: Self::F);
 
@@ -258,6 +272,25 @@ pub trait Simd: Copy + 'static {
     /// Adds to each lane the dot product of its four signed bytes with the four at `x`, plus `I8_OFFSET` times their sum.
     /// None of the four may be -128.
     unsafe fn dot_i8(acc: Self::I, w: Self::B, x: *const i8) -> Self::I;
+    /// The two bf16 of each lane: all first ones, and all second ones.
+    unsafe fn widen_bf16(pairs: Self::B) -> [Self::F; 2];
+    /// Adds to each lane the products of its two bf16 with the two at `x`, the second first, each sum rounded once. Where
+    /// there is an instruction for it, subnormal numbers count as zeros.
+    #[inline(always)]
+    unsafe fn dot_bf16(acc: Self::F, w: Self::B, x: *const [bf16; 2]) -> Self::F {
+        // SAFETY: the trait's conditions.
+        unsafe { fma_bf16::<Self>(acc, w, x) }
+    }
+}
+
+/// [`Simd::dot_bf16`] of widened numbers.
+#[inline(always)]
+unsafe fn fma_bf16<S: Simd>(acc: S::F, w: S::B, x: *const [bf16; 2]) -> S::F {
+    // SAFETY: the trait's conditions.
+    unsafe {
+        let ([w0, w1], [x0, x1]) = (S::widen_bf16(w), x.read_unaligned());
+        S::fma(w0, S::splat(x0.to_f32()), S::fma(w1, S::splat(x1.to_f32()), acc))
+    }
 }
 
 #[cfg(test)]
@@ -418,8 +451,14 @@ mod tests {
                 for (i, &values) in self.0.halves.iter().enumerate() {
                     let wide = S::load_f16(Shifted::new(values.map(f16::from_bits)).from());
                     found.push(("load_f16", i, computed::<S>(wide)));
-                    let wide = S::load_bf16(Shifted::new(values.map(bf16::from_bits)).from());
-                    found.push(("load_bf16", i, computed::<S>(wide)));
+                    let pairs: [[u16; 2]; LANES] =
+                        std::array::from_fn(|lane| [values[lane], values[(lane + 5) % LANES]]);
+                    let pairs = S::load_bytes(Shifted::new(pairs).from().cast());
+                    let [first, second] = S::widen_bf16(pairs);
+                    found.push(("widen_bf16, first", i, computed::<S>(first)));
+                    found.push(("widen_bf16, second", i, computed::<S>(second)));
+                    let x = Shifted::new([bf16::from_bits(values[3]), bf16::from_bits(values[9])]);
+                    found.push(("dot_bf16", i, computed::<S>(S::dot_bf16(second, pairs, x.from().cast()))));
                 }
                 for (i, values) in self.0.integers.iter().enumerate() {
                     let (a, b) = (integer::<S>(&values[0]), integer::<S>(&values[1]));
@@ -559,6 +598,49 @@ mod tests {
             for ((name, input, found), (_, _, want)) in found.iter().zip(&want) {
                 assert!(found == want, "{isa}: {name} of input {input}: {found:08x?} for {want:08x?}");
             }
+        }
+    }
+
+    /// One lane's sums with every pair of weights and inputs.
+    struct Dots<'a>(&'a [[bf16; 2]]);
+
+    impl Kernel for Dots<'_> {
+        type Output = Vec<u32>;
+
+        #[inline(always)]
+        unsafe fn run<S: Simd>(self) -> Vec<u32> {
+            let mut bits = Vec::new();
+            for w in self.0 {
+                for x in self.0 {
+                    // SAFETY: sixteen lanes of two bf16 are read.
+                    let sums = unsafe {
+                        let w = [*w; LANES];
+                        S::dot_bf16(S::splat(x[1].to_f32() + 0.123), S::load_bytes(w.as_ptr().cast()), x)
+                    };
+                    // SAFETY: as above.
+                    bits.push(unsafe { computed::<S>(sums) }[7]);
+                }
+            }
+            bits
+        }
+    }
+
+    #[test]
+    fn the_instruction_for_bf16_gives_the_bits_of_two_multiply_adds() {
+        let mut random = Random(11);
+        let mut pairs: Vec<[bf16; 2]> = vec![[0.0, -0.0], [1.0, f32::INFINITY], [3e38, -3e38], [f32::NAN, 2.0]]
+            .into_iter()
+            .map(|pair| pair.map(bf16::from_f32))
+            .collect();
+        // Of all signs and many sizes, so that sums are rounded; products and sums are no subnormal numbers.
+        pairs.extend((0..400).map(|_| {
+            let [a, b]: [u32; 2] = random.vector(|bits| bits);
+            [a, b].map(|bits| bf16::from_bits((bits & 0x87ff | 0x3c00) as u16))
+        }));
+        for isa in Isa::available() {
+            // SAFETY: the kernel has no conditions.
+            let (with, without) = unsafe { (isa.run_bf16(Dots(&pairs)), Isa::SCALAR.run(Dots(&pairs))) };
+            assert!(with == without, "{isa}");
         }
     }
 

@@ -6,7 +6,7 @@
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
 
-use half::{bf16, f16};
+use half::f16;
 
 use super::{Kernel, Simd};
 
@@ -184,12 +184,6 @@ impl<const DOT: bool> Simd for Neon<DOT> {
         }
     }
     #[inline(always)]
-    unsafe fn load_bf16(from: *const bf16) -> Self::F {
-        places(from.cast::<u16>(), 4, |from| unsafe {
-            vreinterpretq_f32_u32(vshlq_n_u32::<16>(vmovl_u16(vld1_u16(from))))
-        })
-    }
-    #[inline(always)]
     unsafe fn store_f16(to: *mut f16, value: Self::F) {
         unsafe {
             for half in 0..2 {
@@ -313,6 +307,17 @@ impl<const DOT: bool> Simd for Neon<DOT> {
                 let x = vreinterpretq_s8_s32(vdupq_n_s32(x.cast::<i32>().read_unaligned()));
                 pairs(acc, w, |acc, w| dot_by_pairs(acc, w, x))
             }
+        }
+    }
+    #[inline(always)]
+    unsafe fn widen_bf16(pairs: Self::B) -> [Self::F; 2] {
+        unsafe {
+            [
+                each(pairs, |pairs| vreinterpretq_f32_u32(vshlq_n_u32::<16>(vreinterpretq_u32_u8(pairs)))),
+                each(pairs, |pairs| {
+                    vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_u8(pairs), vdupq_n_u32(0xffff_0000)))
+                }),
+            ]
         }
     }
 }

@@ -109,10 +109,6 @@ impl Simd for Scalar {
         each(unsafe { from.cast::<[f16; LANES]>().read_unaligned() }, f16::to_f32)
     }
     #[inline(always)]
-    unsafe fn load_bf16(from: *const bf16) -> Self::F {
-        each(unsafe { from.cast::<[bf16; LANES]>().read_unaligned() }, bf16::to_f32)
-    }
-    #[inline(always)]
     unsafe fn store_f16(to: *mut f16, value: Self::F) {
         unsafe { to.cast::<[f16; LANES]>().write_unaligned(each(value, f16::from_f32)) }
     }
@@ -197,5 +193,10 @@ impl Simd for Scalar {
     #[inline(always)]
     unsafe fn dot_i8(acc: Self::I, w: Self::B, x: *const i8) -> Self::I {
         std::array::from_fn(|i| acc[i].wrapping_add(dot_4(std::array::from_fn(|t| w[4 * i + t] as i8 as i32), x)))
+    }
+    #[inline(always)]
+    unsafe fn widen_bf16(pairs: Self::B) -> [Self::F; 2] {
+        [0, 2]
+            .map(|at| std::array::from_fn(|i| bf16::from_le_bytes([pairs[4 * i + at], pairs[4 * i + at + 1]]).to_f32()))
     }
 }
