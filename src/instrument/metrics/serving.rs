@@ -124,6 +124,8 @@ struct StageCounts {
     figures: StageFigures,
     times: StageTimes,
     recent: VecDeque<StageTimes>,
+    /// Numbers of the decode steps under way, and the bytes of each.
+    sent: VecDeque<(u64, u64)>,
     /// Bytes and time of the latest decode steps.
     decodes: VecDeque<(u64, Duration)>,
 }
@@ -169,8 +171,6 @@ impl StageCounts {
 pub(super) struct Counts {
     window: usize,
     stages: Vec<StageCounts>,
-    /// Slices of steps under way that only decode.
-    decode_steps: BTreeMap<u64, Vec<StepSlice>>,
     waiting: HashSet<u64>,
     running: HashSet<u64>,
     received: u64,
@@ -203,12 +203,12 @@ impl Counts {
             facts: facts.clone(),
             times: StageTimes::default(),
             recent: VecDeque::new(),
+            sent: VecDeque::new(),
             decodes: VecDeque::new(),
         };
         Counts {
             window,
             stages: stages.iter().map(stage).collect(),
-            decode_steps: BTreeMap::new(),
             waiting: HashSet::new(),
             running: HashSet::new(),
             received: 0,
@@ -260,24 +260,25 @@ impl Counts {
         let prefilled: usize = slices.iter().filter(|slice| slice.prefill).map(|slice| slice.rows).sum();
         self.tokens.prefilled += prefilled as u64;
         if prefilled == 0 {
-            self.decode_steps.insert(step, slices.to_vec());
-            while self.decode_steps.len() > RECENT_STEPS {
-                self.decode_steps.pop_first();
+            for stage in &mut self.stages {
+                stage.sent.push_back((step, stage.decode_bytes(slices)));
+                // One that is passed by is never computed.
+                while stage.sent.len() > RECENT_STEPS {
+                    stage.sent.pop_front();
+                }
             }
         }
     }
 
     pub(super) fn computed(&mut self, stage: usize, step: u64, rows: usize, bytes: u64, times: StageTimes) {
-        let last = stage + 1 == self.stages.len();
         let Some(stage) = self.stages.get_mut(stage) else { return };
-        if let Some(slices) = self.decode_steps.get(&step) {
-            stage.decodes.push_back((stage.decode_bytes(slices), times.compute));
+        if let Some(index) = stage.sent.iter().position(|(sent, _)| *sent == step)
+            && let Some((_, bytes)) = stage.sent.remove(index)
+        {
+            stage.decodes.push_back((bytes, times.compute));
             while stage.decodes.len() > self.window {
                 stage.decodes.pop_front();
             }
-        }
-        if last {
-            self.decode_steps.remove(&step);
         }
         let figures = &mut stage.figures;
         figures.steps += 1;

@@ -1,6 +1,6 @@
 //! Where the time of steps goes: puts together what the stages tell of each step, and keeps the latest few.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use super::snapshot::{Latency, LayerLatency, StageLatency, Timing};
@@ -72,7 +72,10 @@ pub(super) struct Steps {
     phases: bool,
     window: usize,
     stages: usize,
-    open: BTreeMap<u64, OpenStep>,
+    /// By number, in the order in which they were sent: few, so that they are found by looking through them.
+    open: VecDeque<(u64, OpenStep)>,
+    /// What steps that have ended kept their samples in, for the next.
+    spare: Vec<Vec<StageSample>>,
     /// The step that the first stage told of last.
     computed_first: Option<u64>,
     latest: VecDeque<StepSample>,
@@ -90,10 +93,23 @@ impl Steps {
     }
 
     pub(super) fn sent(&mut self, step: u64, at: Instant) {
-        let stages = vec![StageSample::default(); self.stages];
-        self.open.insert(step, OpenStep { sent: at, ended: None, stages });
+        let mut stages = self.spare.pop().unwrap_or_default();
+        stages.clear();
+        stages.resize(self.stages, StageSample::default());
+        self.open.push_back((step, OpenStep { sent: at, ended: None, stages }));
         while self.open.len() > MOST_OPEN_STEPS {
-            self.open.pop_first();
+            self.open.pop_front();
+        }
+    }
+
+    fn under_way(&mut self, step: u64) -> Option<&mut OpenStep> {
+        self.open.iter_mut().find(|(sent, _)| *sent == step).map(|(_, open)| open)
+    }
+
+    fn forget(&mut self, step: u64) {
+        let index = self.open.iter().position(|(sent, _)| *sent == step);
+        if let Some((_, open)) = index.and_then(|index| self.open.remove(index)) {
+            self.spare.push(open.stages);
         }
     }
 
@@ -102,12 +118,12 @@ impl Steps {
         if stage == 0 {
             // A stage tells the phases of a step before it tells of the next one, or never.
             let before = self.computed_first.replace(step).filter(|_| self.phases);
-            let lacks_phases = |open: &OpenStep| open.stages.first().is_some_and(|sample| sample.laps.is_none());
-            if let Some(before) = before.filter(|before| self.open.get(before).is_some_and(lacks_phases)) {
-                self.open.remove(&before);
+            let lacks_phases = |open: &mut OpenStep| open.stages.first().is_some_and(|sample| sample.laps.is_none());
+            if let Some(before) = before.filter(|&before| self.under_way(before).is_some_and(lacks_phases)) {
+                self.forget(before);
             }
         }
-        let Some(open) = self.open.get_mut(&step) else { return };
+        let Some(open) = self.under_way(step) else { return };
         let Some(sample) = open.stages.get_mut(stage) else { return };
         sample.times = Some(times);
         open.ended = Some(at);
@@ -118,8 +134,7 @@ impl Steps {
         if !self.phases {
             return;
         }
-        let sample = self.open.get_mut(&step).and_then(|open| open.stages.get_mut(stage));
-        if let Some(sample) = sample {
+        if let Some(sample) = self.under_way(step).and_then(|open| open.stages.get_mut(stage)) {
             sample.laps = Some(laps.to_vec());
             self.close(step);
         }
@@ -127,14 +142,16 @@ impl Steps {
 
     /// Takes in a step once all stages have told all of it.
     fn close(&mut self, step: u64) {
-        let Some(OpenStep { sent, ended: Some(ended), stages }) = self.open.get(&step) else { return };
+        let phases = self.phases;
+        let Some(OpenStep { sent, ended: Some(ended), stages }) = self.under_way(step) else { return };
         let whole = |sample: &StageSample| {
-            let laps = if self.phases { sample.laps.clone()? } else { Vec::new() };
+            let laps = if phases { sample.laps.clone()? } else { Vec::new() };
             Some((sample.times.clone()?, laps))
         };
         let Some(stages) = stages.iter().map(whole).collect() else { return };
-        self.latest.push_back(StepSample { trip: ended.saturating_duration_since(*sent), stages });
-        self.open.remove(&step);
+        let trip = ended.saturating_duration_since(*sent);
+        self.latest.push_back(StepSample { trip, stages });
+        self.forget(step);
         while self.latest.len() > self.window {
             self.latest.pop_front();
         }
