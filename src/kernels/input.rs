@@ -1,10 +1,10 @@
-//! The inputs of a matrix product: rows of f32, the same in 8 bits for quantised matrices, and in BF16 for those. Several matrices that read
-//! the same input (q, k and v; gate and up) share one.
+//! The inputs of a matrix product: rows of f32, the same in 8 bits for quantised matrices, and in BF16 for those of that
+//! type. Several matrices that read the same input (q, k and v; gate and up) share one.
+
+use half::bf16;
 
 use super::pool::Pool;
 use super::rows::{RowsMut, each_row};
-use half::bf16;
-
 use super::simd::{Isa, Kernel, LANES, Simd};
 
 /// Columns that share a scale.
