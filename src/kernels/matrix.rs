@@ -528,6 +528,9 @@ const FAR_AHEAD: usize = 8192;
 /// Inputs that a tile of dense groups is multiplied with at a time.
 const DENSE_INPUTS: usize = 6;
 
+/// The same where there are few registers, and each input and weight takes two.
+const FEW_INPUTS: usize = 4;
+
 impl Kernel for Dense {
     type Output = ();
 
@@ -633,12 +636,14 @@ impl Dense {
         // SAFETY: `tile` is called for groups and inputs that there are.
         unsafe {
             let wide = if S::REGISTERS >= 32 || self.m == 1 { 4 } else { 1 };
+            // Two columns' weights and an input's take twice the registers.
+            let most = if S::REGISTERS < 32 && V::COLUMNS > 1 { FEW_INPUTS } else { DENSE_INPUTS };
             let mut group = 0;
             while group < self.count {
                 let groups = if self.count - group >= wide { wide } else { 1 };
                 let mut start = 0;
                 while start < self.m {
-                    let inputs = DENSE_INPUTS.min(self.m - start);
+                    let inputs = most.min(self.m - start);
                     match (groups, inputs) {
                         (4, 1) => self.tile::<S, V, 4, 1>(group, start),
                         (4, 2) => self.tile::<S, V, 4, 2>(group, start),

@@ -230,6 +230,10 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn splat_four(x: *const u8) -> Self::B {
+        unsafe { [_mm256_set1_epi32(x.cast::<i32>().read_unaligned()); 2] }
+    }
+    #[inline(always)]
     unsafe fn splat_bytes(value: u8) -> Self::B {
         unsafe { [_mm256_set1_epi8(value as i8); 2] }
     }

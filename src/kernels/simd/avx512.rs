@@ -177,6 +177,10 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         unsafe { _mm512_loadu_si512(from.cast()) }
     }
     #[inline(always)]
+    unsafe fn splat_four(x: *const u8) -> __m512i {
+        unsafe { _mm512_set1_epi32(x.cast::<i32>().read_unaligned()) }
+    }
+    #[inline(always)]
     unsafe fn splat_bytes(value: u8) -> __m512i {
         unsafe { _mm512_set1_epi8(value as i8) }
     }
@@ -215,7 +219,7 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
     unsafe fn dot_bf16(acc: __m512, w: __m512i, x: *const [bf16; 2]) -> __m512 {
         unsafe {
             if BF16 {
-                let x = _mm512_set1_epi32(x.cast::<i32>().read_unaligned());
+                let x = Self::splat_four(x.cast());
                 // The type of the instruction's operands has no other use, and no conversion.
                 _mm512_dpbf16_ps(
                     acc,

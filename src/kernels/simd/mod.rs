@@ -261,6 +261,8 @@ pub trait Simd: Copy + 'static {
     unsafe fn prefetch(at: *const u8);
     unsafe fn load_bytes(from: *const u8) -> Self::B;
     unsafe fn splat_bytes(value: u8) -> Self::B;
+    /// The four bytes at `x` in each lane.
+    unsafe fn splat_four(x: *const u8) -> Self::B;
     unsafe fn and(a: Self::B, b: Self::B) -> Self::B;
     unsafe fn or(a: Self::B, b: Self::B) -> Self::B;
     /// Shifts left by `N`; bits of neighbouring bytes come in, mask them off.
@@ -288,8 +290,8 @@ pub trait Simd: Copy + 'static {
 unsafe fn fma_bf16<S: Simd>(acc: S::F, w: S::B, x: *const [bf16; 2]) -> S::F {
     // SAFETY: the trait's conditions.
     unsafe {
-        let ([w0, w1], [x0, x1]) = (S::widen_bf16(w), x.read_unaligned());
-        S::fma(w0, S::splat(x0.to_f32()), S::fma(w1, S::splat(x1.to_f32()), acc))
+        let ([w0, w1], [x0, x1]) = (S::widen_bf16(w), S::widen_bf16(S::splat_four(x.cast())));
+        S::fma(w0, x0, S::fma(w1, x1, acc))
     }
 }
 

@@ -273,6 +273,10 @@ impl<const DOT: bool> Simd for Neon<DOT> {
         places(from, 16, |from| unsafe { vld1q_u8(from) })
     }
     #[inline(always)]
+    unsafe fn splat_four(x: *const u8) -> Self::B {
+        unsafe { [vreinterpretq_u8_u32(vdupq_n_u32(x.cast::<u32>().read_unaligned())); 4] }
+    }
+    #[inline(always)]
     unsafe fn splat_bytes(value: u8) -> Self::B {
         unsafe { [vdupq_n_u8(value); 4] }
     }

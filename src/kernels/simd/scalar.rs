@@ -167,6 +167,11 @@ impl Simd for Scalar {
         unsafe { from.cast::<Self::B>().read_unaligned() }
     }
     #[inline(always)]
+    unsafe fn splat_four(x: *const u8) -> Self::B {
+        let four = unsafe { x.cast::<[u8; 4]>().read_unaligned() };
+        std::array::from_fn(|i| four[i % 4])
+    }
+    #[inline(always)]
     unsafe fn splat_bytes(value: u8) -> Self::B {
         [value; 64]
     }
