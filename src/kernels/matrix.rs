@@ -531,6 +531,18 @@ const DENSE_INPUTS: usize = 6;
 /// The same where there are few registers, and each input and weight takes two.
 const FEW_INPUTS: usize = 4;
 
+/// Dense groups that are multiplied side by side.
+const WIDE: usize = 4;
+
+/// Times that a few inputs of a dense product take their turn up to which memory is what to look after.
+const FEW_TURNS: usize = 6;
+
+/// Bytes of dense groups that inputs take turns with then: with the next ones they fit into a core's first cache.
+const PART: usize = 16 << 10;
+
+/// Steps of columns between two requests for lines of the next part.
+const STRETCH: usize = 8;
+
 impl Kernel for Dense {
     type Output = ();
 
@@ -629,67 +641,132 @@ impl Value for [bf16; 2] {
     }
 }
 
+/// Where a tile of a dense product is in the columns of its groups.
+struct Part<'a> {
+    /// Steps of columns that it multiplies.
+    steps: std::ops::Range<usize>,
+    /// Its inputs' sums so far; none where the columns are not taken in parts.
+    sums: &'a mut [[[f32; LANES]; WIDE]],
+    /// Of the lines of the next part that are asked for meanwhile, the first and how many tiles share them; none if 0.
+    share: (usize, usize),
+}
+
 impl Dense {
     #[inline(always)]
     unsafe fn run_type<S: Simd, V: Value>(&self) {
-        // Four groups side by side where there are enough registers for their sums, or only one input.
-        // SAFETY: `tile` is called for groups and inputs that there are.
+        // Groups side by side where there are enough registers for their sums, or only one input.
+        // SAFETY: `run_groups` is called for groups and inputs that there are.
         unsafe {
-            let wide = if S::REGISTERS >= 32 || self.m == 1 { 4 } else { 1 };
-            // Two columns' weights and an input's take twice the registers.
-            let most = if S::REGISTERS < 32 && V::COLUMNS > 1 { FEW_INPUTS } else { DENSE_INPUTS };
+            let wide = if S::REGISTERS >= 32 || self.m == 1 { WIDE } else { 1 };
+            let mut sums = [[[0f32; LANES]; WIDE]; FEW_TURNS * DENSE_INPUTS];
             let mut group = 0;
             while group < self.count {
-                let groups = if self.count - group >= wide { wide } else { 1 };
-                let mut start = 0;
-                while start < self.m {
-                    let inputs = most.min(self.m - start);
-                    match (groups, inputs) {
-                        (4, 1) => self.tile::<S, V, 4, 1>(group, start),
-                        (4, 2) => self.tile::<S, V, 4, 2>(group, start),
-                        (4, 3) => self.tile::<S, V, 4, 3>(group, start),
-                        (4, 4) => self.tile::<S, V, 4, 4>(group, start),
-                        (4, 5) => self.tile::<S, V, 4, 5>(group, start),
-                        (4, _) => self.tile::<S, V, 4, 6>(group, start),
-                        (_, 1) => self.tile::<S, V, 1, 1>(group, start),
-                        (_, 2) => self.tile::<S, V, 1, 2>(group, start),
-                        (_, 3) => self.tile::<S, V, 1, 3>(group, start),
-                        (_, 4) => self.tile::<S, V, 1, 4>(group, start),
-                        (_, 5) => self.tile::<S, V, 1, 5>(group, start),
-                        _ => self.tile::<S, V, 1, 6>(group, start),
-                    }
-                    start += inputs;
+                if wide == WIDE && self.count - group >= WIDE {
+                    self.run_groups::<S, V, WIDE>(group, &mut sums);
+                    group += WIDE;
+                } else {
+                    self.run_groups::<S, V, 1>(group, &mut sums);
+                    group += 1;
                 }
-                group += groups;
+            }
+        }
+    }
+
+    /// `G` groups with all inputs, a few of them at a time. With more than that the groups are gone through in parts, and
+    /// while the inputs take turns with a part the next one is fetched: memory would stand idle in all turns but the first.
+    /// With many inputs it may, and putting sums away costs more than waiting.
+    #[inline(always)]
+    unsafe fn run_groups<S: Simd, V: Value, const G: usize>(&self, group: usize, sums: &mut [[[f32; LANES]; WIDE]]) {
+        // Two columns' weights and an input's take twice the registers.
+        let most = if S::REGISTERS < 32 && V::COLUMNS > 1 { FEW_INPUTS } else { DENSE_INPUTS };
+        let steps = self.k.div_ceil(V::COLUMNS);
+        let turns = self.m.div_ceil(most);
+        let in_parts = (2..=FEW_TURNS).contains(&turns);
+        let part = if in_parts { PART / G / (LANES * size_of::<V>()) } else { steps };
+        for first in (0..steps).step_by(part) {
+            for turn in 0..turns {
+                let start = turn * most;
+                let count = most.min(self.m - start);
+                let part = Part {
+                    steps: first..steps.min(first + part),
+                    sums: if in_parts { &mut sums[start..][..count] } else { &mut [] },
+                    share: if in_parts { (turn, turns) } else { (0, 0) },
+                };
+                // SAFETY: the groups and inputs are there.
+                unsafe {
+                    match count {
+                        1 => self.tile::<S, V, G, 1>(group, start, part),
+                        2 => self.tile::<S, V, G, 2>(group, start, part),
+                        3 => self.tile::<S, V, G, 3>(group, start, part),
+                        4 => self.tile::<S, V, G, 4>(group, start, part),
+                        5 => self.tile::<S, V, G, 5>(group, start, part),
+                        _ => self.tile::<S, V, G, 6>(group, start, part),
+                    }
+                }
             }
         }
     }
 
     /// `G` groups with `M` inputs: every result is one chain of multiply-adds over the columns.
     #[inline(always)]
-    unsafe fn tile<S: Simd, V: Value, const G: usize, const M: usize>(&self, group: usize, start: usize) {
+    unsafe fn tile<S: Simd, V: Value, const G: usize, const M: usize>(&self, group: usize, start: usize, part: Part) {
         let steps = self.k.div_ceil(V::COLUMNS);
+        let vector = LANES * size_of::<V>();
         // SAFETY: a group is as many vectors of `V` as there are steps, and an input has as many `X`.
         unsafe {
             let weights = self.weights.cast::<V>().add(group * steps * LANES);
             let input = self.input.cast::<V::X>().add(start * steps);
+            // By index: a loop over references would keep the sums in memory.
+            let stored = part.sums.as_mut_ptr();
             let mut sums = [[S::splat(0.0); G]; M];
-            for step in 0..steps {
-                let mut w = [V::load::<S>(weights.add(step * LANES)); G];
-                for g in 1..G {
-                    w[g] = V::load::<S>(weights.add((g * steps + step) * LANES));
-                }
+            if part.steps.start > 0 {
                 for i in 0..M {
-                    let x = input.add(i * steps + step);
                     for g in 0..G {
-                        sums[i][g] = V::multiply_add::<S>(w[g], x, sums[i][g]);
+                        sums[i][g] = S::load((*stored.add(i))[g].as_ptr());
                     }
                 }
             }
-            for (i, sums) in sums.iter().enumerate() {
-                for (g, &sum) in sums.iter().enumerate() {
+            let (turn, turns) = part.share;
+            let stretch = if turns == 0 { part.steps.len() } else { STRETCH };
+            let mut from = part.steps.start;
+            while from < part.steps.end {
+                let to = part.steps.end.min(from + stretch);
+                if turns > 0 {
+                    // Behind the last part the next groups begin.
+                    let (last, next) = (part.steps.end == steps, from + part.steps.len());
+                    let next = if last { G * steps + from - part.steps.start } else { next };
+                    let lines = STRETCH * vector / VECTOR;
+                    for line in (turn..G * lines).step_by(turns) {
+                        let column = weights.wrapping_add((line / lines * steps + next) * LANES);
+                        S::prefetch(column.cast::<u8>().wrapping_add(line % lines * VECTOR));
+                    }
+                }
+                for step in from..to {
+                    let mut w = [V::load::<S>(weights.add(step * LANES)); G];
+                    for g in 1..G {
+                        w[g] = V::load::<S>(weights.add((g * steps + step) * LANES));
+                    }
+                    for i in 0..M {
+                        let x = input.add(i * steps + step);
+                        for g in 0..G {
+                            sums[i][g] = V::multiply_add::<S>(w[g], x, sums[i][g]);
+                        }
+                    }
+                }
+                from = to;
+            }
+            if part.steps.end < steps {
+                for i in 0..M {
+                    for g in 0..G {
+                        S::store((*stored.add(i))[g].as_mut_ptr(), sums[i][g]);
+                    }
+                }
+                return;
+            }
+            for i in 0..M {
+                for g in 0..G {
                     let out = self.out.add((start + i) * self.n);
-                    put::<S>(sum, out, (self.first + group + g) * LANES, self.n);
+                    put::<S>(sums[i][g], out, (self.first + group + g) * LANES, self.n);
                 }
             }
         }
@@ -809,17 +886,22 @@ mod tests {
         let (one, three) = (Pool::new(1).unwrap(), Pool::new(3).unwrap());
         let bits = |v: &[f32]| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
         for dtype in WeightType::ALL {
-            let (n, k, m) = (83, 256, 140);
-            let (_, matrix) = matrix(dtype, n, k);
-            let all = inputs(m, k, &three, Isa::detect());
-            let together = product(&matrix, &all, &three, Isa::detect());
-            for isa in Isa::available() {
-                for i in [0, 1, 6, 77, 127, 128, 139] {
-                    let mut alone = Input::default();
-                    alone.reset(1, k).copy_from_slice(&all.values()[i * k..][..k]);
-                    alone.prepare(&one, isa, [dtype].into_iter());
-                    let out = product(&matrix, &alone, &one, isa);
-                    assert_eq!(bits(&out), bits(&together[i * n..][..n]), "{dtype} {isa} input {i}");
+            // Many inputs, and so few that dense groups are taken in parts: of an odd number of columns where that can be.
+            let odd = if dtype.is_dense() { 1281 } else { 1280 };
+            for (n, k, m, some) in [(83, 256, 140, &[0, 1, 6, 77, 127, 128, 139][..]), (83, odd, 20, &[0, 5, 6, 19])] {
+                let (_, matrix) = matrix(dtype, n, k);
+                let all = inputs(m, k, &three, Isa::detect());
+                let together = product(&matrix, &all, &three, Isa::detect());
+                for isa in Isa::available() {
+                    for &i in some {
+                        let mut alone = Input::default();
+                        alone.reset(1, k).copy_from_slice(&all.values()[i * k..][..k]);
+                        alone.prepare(&one, isa, [dtype].into_iter());
+                        let out = product(&matrix, &alone, &one, isa);
+                        assert_eq!(bits(&out), bits(&together[i * n..][..n]), "{dtype} {isa} input {i} of {m}");
+                    }
+                    let together_too = product(&matrix, &all, &three, isa);
+                    assert_eq!(bits(&together_too), bits(&together), "{dtype} {isa} {m} inputs");
                 }
             }
         }
