@@ -712,7 +712,8 @@ impl Dense {
     unsafe fn tile<S: Simd, V: Value, const G: usize, const M: usize>(&self, group: usize, start: usize, part: Part) {
         let steps = self.k.div_ceil(V::COLUMNS);
         let vector = LANES * size_of::<V>();
-        // SAFETY: a group is as many vectors of `V` as there are steps, and an input has as many `X`.
+        // SAFETY: a group is as many vectors of `V` as there are steps, and an input has as many `X`; `part.sums` is of `M`
+        // inputs unless the part is all steps. What is asked for ahead need not be there.
         unsafe {
             let weights = self.weights.cast::<V>().add(group * steps * LANES);
             let input = self.input.cast::<V::X>().add(start * steps);
