@@ -647,7 +647,8 @@ struct Part<'a> {
     steps: std::ops::Range<usize>,
     /// Its inputs' sums so far; none where the columns are not taken in parts.
     sums: &'a mut [[[f32; LANES]; WIDE]],
-    /// Of the lines of the next part that are asked for meanwhile, the first and how many tiles share them; none if 0.
+    /// Inputs before its own and of all tiles, by which they share the lines of the next part that are asked for meanwhile;
+    /// none if 0.
     share: (usize, usize),
 }
 
@@ -690,7 +691,7 @@ impl Dense {
                 let part = Part {
                     steps: first..steps.min(first + part),
                     sums: if in_parts { &mut sums[start..][..count] } else { &mut [] },
-                    share: if in_parts { (turn, turns) } else { (0, 0) },
+                    share: if in_parts { (start, self.m) } else { (0, 0) },
                 };
                 // SAFETY: the groups and inputs are there.
                 unsafe {
@@ -727,17 +728,17 @@ impl Dense {
                     }
                 }
             }
-            let (turn, turns) = part.share;
-            let stretch = if turns == 0 { part.steps.len() } else { STRETCH };
+            let (before, all) = part.share;
+            let stretch = if all == 0 { part.steps.len() } else { STRETCH };
             let mut from = part.steps.start;
             while from < part.steps.end {
                 let to = part.steps.end.min(from + stretch);
-                if turns > 0 {
+                if all > 0 {
                     // Behind the last part the next groups begin.
                     let (last, next) = (part.steps.end == steps, from + part.steps.len());
                     let next = if last { G * steps + from - part.steps.start } else { next };
                     let lines = STRETCH * vector / VECTOR;
-                    for line in (turn..G * lines).step_by(turns) {
+                    for line in before * G * lines / all..(before + M) * G * lines / all {
                         let column = weights.wrapping_add((line / lines * steps + next) * LANES);
                         S::prefetch(column.cast::<u8>().wrapping_add(line % lines * VECTOR));
                     }
