@@ -427,15 +427,7 @@ unsafe fn multiply_sub<S: Simd, F: Format, const G: usize>(
 ) {
     // SAFETY: `inputs` has as many blocks as `sums`; the blocks are whole.
     unsafe {
-        // The hardware's own prefetcher keeps up neither with the pauses between two columns' weights while several inputs
-        // are multiplied, nor, with one, with how much has to be under way at once.
         let distance = if sums.len() < PAIRED_FROM { FAR_AHEAD } else { AHEAD };
-        for block in blocks {
-            let ahead = block.wrapping_add(sub * F::SUB_BYTES + distance);
-            for line in (0..F::SUB_BYTES).step_by(VECTOR) {
-                S::prefetch(ahead.wrapping_add(line));
-            }
-        }
         // No `map`: a closure of it would not be compiled for the instruction set.
         let mut scales = [F::scales::<S>(blocks[0], sub); G];
         let mut w = [F::weights::<S>(blocks[0], sub); G];
@@ -443,24 +435,92 @@ unsafe fn multiply_sub<S: Simd, F: Format, const G: usize>(
             scales[g] = F::scales::<S>(blocks[g], sub);
             w[g] = F::weights::<S>(blocks[g], sub);
         }
-        for (i, sums) in sums.iter_mut().enumerate() {
+        // Several inputs in step, where registers hold their sums: each product waits for the one before it of its input.
+        let most = const {
+            match (G > 1, F::HALVES) {
+                (true, false) => 4,
+                (true, true) => 2,
+                _ => 1,
+            }
+        };
+        // The hardware's own prefetcher keeps up neither with the pauses between two columns' weights while several inputs
+        // are multiplied, nor, with one, with how much has to be under way at once.
+        let ahead = blocks.map(|block| block.wrapping_add(sub * F::SUB_BYTES + distance));
+        let lines = const { F::SUB_BYTES / VECTOR };
+        let (mut i, mut line, count) = (0, 0, sums.len());
+        if count == 1 {
+            for line in 0..lines {
+                prefetch::<S, G>(ahead, line);
+            }
+            line = lines;
+        }
+        let sums = sums.as_mut_ptr();
+        while i < count {
+            let step = if count - i >= most { most } else { 1 };
+            // Spread over the inputs: what is asked for beyond what a core can have under way makes everything behind it wait.
+            while line < lines * (i + step) / count {
+                prefetch::<S, G>(ahead, line);
+                line += 1;
+            }
+            let (x, sums) = (inputs.add(i), sums.add(i));
+            match step {
+                4 => multiply_inputs::<S, F, G, 4>(&w, &scales, x, sums),
+                2 => multiply_inputs::<S, F, G, 2>(&w, &scales, x, sums),
+                _ => multiply_inputs::<S, F, G, 1>(&w, &scales, x, sums),
+            }
+            i += step;
+        }
+    }
+}
+
+/// Asks for the `line`th cache line of each.
+///
+/// # Safety
+/// As [`Simd`].
+#[inline(always)]
+unsafe fn prefetch<S: Simd, const G: usize>(from: [*const u8; G], line: usize) {
+    for from in from {
+        // SAFETY: this function's condition.
+        unsafe { S::prefetch(from.wrapping_add(line * VECTOR)) }
+    }
+}
+
+/// The same 32 columns with `I` inputs.
+///
+/// # Safety
+/// As [`Simd`]; there are `I` inputs and sums.
+#[inline(always)]
+unsafe fn multiply_inputs<S: Simd, F: Format, const G: usize, const I: usize>(
+    w: &[[S::B; 8]; G],
+    scales: &[Scales<S>; G],
+    inputs: *const InputBlock,
+    sums: *mut [[f32; LANES]; G],
+) {
+    // SAFETY: this function's conditions.
+    unsafe {
+        let mut dots = [[[S::splat_i(0); 2]; G]; I];
+        for i in 0..I {
             let x = &*inputs.add(i);
-            let values = x.values.as_ptr();
             let first = S::splat_i(start::<F>(x, 0, S::I8_OFFSET));
             let second = if F::HALVES { S::splat_i(start::<F>(x, 1, S::I8_OFFSET)) } else { first };
-            let mut dots = [[first, second]; G];
-            for j in 0..8 {
-                let half = if F::HALVES { j / 4 } else { 0 };
+            dots[i] = [[first, second]; G];
+        }
+        for j in 0..8 {
+            let half = if F::HALVES { j / 4 } else { 0 };
+            for i in 0..I {
+                let values = (*inputs.add(i)).values.as_ptr().add(4 * j);
                 for g in 0..G {
-                    dots[g][half] = match F::OFFSET {
-                        Offset::Fixed(_) => S::dot_u7(dots[g][half], w[g][j], values.add(4 * j)),
-                        Offset::Signed => S::dot_i8(dots[g][half], w[g][j], values.add(4 * j)),
+                    dots[i][g][half] = match F::OFFSET {
+                        Offset::Fixed(_) => S::dot_u7(dots[i][g][half], w[g][j], values),
+                        Offset::Signed => S::dot_i8(dots[i][g][half], w[g][j], values),
                     };
                 }
             }
+        }
+        for i in 0..I {
             for g in 0..G {
-                let acc = add_sub::<S, F>(S::load(sums[g].as_ptr()), dots[g], x, &scales[g]);
-                S::store(sums[g].as_mut_ptr(), acc);
+                let sum = (*sums.add(i))[g].as_mut_ptr();
+                S::store(sum, add_sub::<S, F>(S::load(sum), dots[i][g], &*inputs.add(i), &scales[g]));
             }
         }
     }
