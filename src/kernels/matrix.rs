@@ -445,22 +445,22 @@ unsafe fn multiply_sub<S: Simd, F: Format, const G: usize>(
         };
         // The hardware's own prefetcher keeps up neither with the pauses between two columns' weights while several inputs
         // are multiplied, nor, with one, with how much has to be under way at once.
-        let ahead = blocks.map(|block| block.wrapping_add(sub * F::SUB_BYTES + distance));
+        let ahead = sub * F::SUB_BYTES + distance;
         let lines = const { F::SUB_BYTES / VECTOR };
-        let (mut i, mut line, count) = (0, 0, sums.len());
+        let (mut i, mut line, mut due, count) = (0, 0, 0, sums.len());
         if count == 1 {
             for line in 0..lines {
-                prefetch::<S, G>(ahead, line);
+                prefetch::<S, G>(blocks, ahead + line * VECTOR);
             }
-            line = lines;
         }
         let sums = sums.as_mut_ptr();
         while i < count {
             let step = if count - i >= most { most } else { 1 };
             // Spread over the inputs: what is asked for beyond what a core can have under way makes everything behind it wait.
-            while line < lines * (i + step) / count {
-                prefetch::<S, G>(ahead, line);
-                line += 1;
+            due += lines * step;
+            while count > 1 && due >= count {
+                prefetch::<S, G>(blocks, ahead + line * VECTOR);
+                (line, due) = (line + 1, due - count);
             }
             let (x, sums) = (inputs.add(i), sums.add(i));
             match step {
@@ -473,15 +473,15 @@ unsafe fn multiply_sub<S: Simd, F: Format, const G: usize>(
     }
 }
 
-/// Asks for the `line`th cache line of each.
+/// Asks for a cache line of each group, this far behind its block.
 ///
 /// # Safety
 /// As [`Simd`].
 #[inline(always)]
-unsafe fn prefetch<S: Simd, const G: usize>(from: [*const u8; G], line: usize) {
-    for from in from {
+unsafe fn prefetch<S: Simd, const G: usize>(blocks: [*const u8; G], ahead: usize) {
+    for block in blocks {
         // SAFETY: this function's condition.
-        unsafe { S::prefetch(from.wrapping_add(line * VECTOR)) }
+        unsafe { S::prefetch(block.wrapping_add(ahead)) }
     }
 }
 
