@@ -1,5 +1,5 @@
-//! The inputs of a matrix product: rows of f32, the same in 8 bits for quantised matrices, and in BF16 for those of that
-//! type. Several matrices that read the same input (q, k and v; gate and up) share one.
+//! The inputs of a matrix product: rows of f32, the same in 8 bits for quantised matrices, in BF16 for those of that type,
+//! and cut up for AMX's tiles. Several matrices that read the same input (q, k and v; gate and up) share one.
 
 use half::bf16;
 
@@ -26,8 +26,49 @@ pub struct InputBlock {
     pub scale: f32,
     /// Sum of the first and of the last 16 values.
     pub sums: [i32; 2],
-    /// The same times `scale`.
-    pub scaled_sums: [f32; 2],
+    /// What a weight's minimum is multiplied by: the same times `-scale`, and the sum of both.
+    pub lowered: [f32; 3],
+}
+
+/// Rows of a tile.
+pub const TILE: usize = 16;
+
+/// 32 columns of a row in BF16: a row of a tile, which is one cache line.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[repr(C, align(64))]
+pub struct TileRow(pub [bf16; BLOCK]);
+
+/// Rows cut up for tiles, see [`Input::tiles`].
+#[derive(Clone, Copy)]
+pub struct TileRows<'a> {
+    lines: &'a [TileRow],
+    rows: usize,
+    steps: usize,
+    parts: usize,
+}
+
+impl TileRows<'_> {
+    /// Tiles that the rows make.
+    pub fn chunks(&self) -> usize {
+        self.rows.div_ceil(TILE)
+    }
+
+    /// Rows of tile `chunk`: more than two tiles are whole, the last with zeros; of one or two it has as many as there are.
+    pub fn rows_of(&self, chunk: usize) -> usize {
+        if self.chunks() > 2 { TILE } else { TILE.min(self.rows - TILE * chunk) }
+    }
+
+    /// Parts that each value is the sum of: 1 or 2.
+    pub fn parts(&self) -> usize {
+        self.parts
+    }
+
+    /// The first row of a tile's columns from `32 * step` on, in the first part. The other rows lie behind it, then those
+    /// of the second part, then those of the next step.
+    pub fn tile(&self, chunk: usize, step: usize) -> *const TileRow {
+        assert!(chunk < self.chunks() && step < self.steps, "no such tile");
+        self.lines[(TILE * chunk * self.steps + step * self.rows_of(chunk)) * self.parts..].as_ptr()
+    }
 }
 
 /// Rows of inputs. Keeps its memory from step to step.
@@ -40,12 +81,14 @@ pub struct Input {
     quantised: bool,
     pairs: Vec<[bf16; 2]>, // (rows, columns / 2, rounded up)
     rounded: bool,
+    tiles: Vec<TileRow>, // (chunks, columns / BLOCK rounded up, parts, rows of the chunk)
+    tile_parts: usize,   // 0 until they are made
 }
 
 impl Input {
     /// Makes room for `rows` rows of `columns` values and lends them for writing; what was in them is unspecified.
     pub fn reset(&mut self, rows: usize, columns: usize) -> &mut [f32] {
-        (self.rows, self.columns, self.quantised, self.rounded) = (rows, columns, false, false);
+        (self.rows, self.columns, self.quantised, self.rounded, self.tile_parts) = (rows, columns, false, false, 0);
         if self.values.len() < rows * columns {
             self.values.resize(rows * columns, 0.0);
         }
@@ -55,7 +98,8 @@ impl Input {
     /// Bytes that it keeps.
     pub fn bytes(&self) -> u64 {
         let values = self.values.capacity() * size_of::<f32>() + self.pairs.capacity() * size_of::<[bf16; 2]>();
-        (values + self.blocks.capacity() * size_of::<InputBlock>()) as u64
+        let lines = self.blocks.capacity() * size_of::<InputBlock>() + self.tiles.capacity() * size_of::<TileRow>();
+        (values + lines) as u64
     }
 
     /// Number of rows.
@@ -85,11 +129,18 @@ impl Input {
         &self.blocks[..count]
     }
 
+    /// The same with sixteen more behind the last, whatever is in them.
+    pub fn blocks_and_more(&self) -> &[InputBlock] {
+        let count = if self.quantised { self.columns / BLOCK * self.rows + TILE } else { 0 };
+        &self.blocks[..count]
+    }
+
     /// Makes the 8-bit blocks. The length of the rows must be a multiple of [`BLOCK`].
     pub fn quantise(&mut self, pool: &Pool, isa: Isa) {
         assert!(self.columns.is_multiple_of(BLOCK), "rows of {} values are no whole blocks", self.columns);
         let (rows, columns) = (self.rows, self.columns);
-        let count = columns / BLOCK * rows;
+        // A tile reads sixteen rows wherever it begins.
+        let count = columns / BLOCK * rows + TILE;
         if self.blocks.len() < count {
             self.blocks.resize(count, InputBlock::default());
         }
@@ -138,6 +189,56 @@ impl Input {
         });
         self.rounded = true;
     }
+
+    /// The rows in BF16 by sixteen, for tiles. `None` until they have been made.
+    pub fn tiles(&self) -> Option<TileRows<'_>> {
+        let (rows, steps, parts) = (self.rows, self.columns.div_ceil(BLOCK), self.tile_parts);
+        (parts > 0 && rows > 0).then_some(TileRows { lines: &self.tiles, rows, steps, parts })
+    }
+
+    /// Makes the tiles: each value is rounded to BF16, and with two parts what that leaves is rounded too, so that the sum
+    /// of both has 16 bits or more of the value's 24.
+    pub fn cut(&mut self, pool: &Pool, isa: Isa, parts: usize) {
+        let (rows, columns) = (self.rows, self.columns);
+        let steps = columns.div_ceil(BLOCK);
+        let chunks = rows.div_ceil(TILE);
+        let padded = if chunks > 2 { chunks * TILE } else { rows };
+        if self.tiles.len() < padded * steps * parts {
+            self.tiles.resize(padded * steps * parts, TileRow::default());
+        }
+        let values = &self.values;
+        let lines = Lines(self.tiles.as_mut_ptr());
+        let row = |row: usize| {
+            let lines = &lines;
+            let (chunk, of_chunk) = (row / TILE, if chunks > 2 { TILE } else { TILE.min(rows - row / TILE * TILE) });
+            isa.compile(|| {
+                for step in 0..steps {
+                    let mut x = [0f32; BLOCK];
+                    if row < rows {
+                        let from = &values[row * columns..(row + 1) * columns][step * BLOCK..];
+                        match from.first_chunk::<BLOCK>() {
+                            Some(whole) => x = *whole,
+                            None => x[..from.len()].copy_from_slice(from),
+                        }
+                    }
+                    for part in 0..parts {
+                        let rounded = x.map(to_bf16);
+                        for (x, rounded) in x.iter_mut().zip(rounded) {
+                            *x -= f32::from_bits(u32::from(rounded.to_bits()) << 16);
+                        }
+                        let line = (TILE * chunk * steps + step * of_chunk) * parts + part * of_chunk + row % TILE;
+                        // SAFETY: there are lines for `padded` rows, and each row has its own.
+                        unsafe { lines.0.add(line).write(TileRow(rounded)) };
+                    }
+                }
+            });
+        };
+        match rows * columns < PARALLEL_FROM {
+            true => (0..padded).for_each(row),
+            false => pool.for_each(padded, row),
+        }
+        self.tile_parts = parts;
+    }
 }
 
 /// Without a branch, so that the compiler makes vectors of it.
@@ -153,6 +254,11 @@ fn to_bf16(value: f32) -> bf16 {
 struct Blocks(*mut InputBlock);
 // SAFETY: each thread writes the blocks of its own rows.
 unsafe impl Sync for Blocks {}
+
+/// The same to rows of tiles.
+struct Lines(*mut TileRow);
+// SAFETY: as above.
+unsafe impl Sync for Lines {}
 
 /// One row to 8 bits: block `b` goes to `to[b * step + first]`.
 struct Quantise<'a> {
@@ -182,7 +288,8 @@ impl Kernel for Quantise<'_> {
                 S::store_i8(block.values.as_mut_ptr().add(LANES), high);
                 block.scale = scale;
                 block.sums = sums;
-                block.scaled_sums = [scale * sums[0] as f32, scale * sums[1] as f32];
+                let scaled = [scale * sums[0] as f32, scale * sums[1] as f32];
+                block.lowered = [-scaled[0], -scaled[1], -(scaled[0] + scaled[1])];
             }
         }
     }
@@ -220,8 +327,9 @@ mod tests {
                     }
                     for half in 0..2 {
                         let sum: i32 = block.values[16 * half..][..16].iter().map(|&q| q as i32).sum();
-                        assert_eq!((block.sums[half], block.scaled_sums[half]), (sum, block.scale * sum as f32));
+                        assert_eq!((block.sums[half], block.lowered[half]), (sum, -(block.scale * sum as f32)));
                     }
+                    assert_eq!(block.lowered[2], block.lowered[0] + block.lowered[1]);
                 }
             }
             made.push(input.blocks().to_vec());

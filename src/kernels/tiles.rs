@@ -3,36 +3,36 @@
 //! a row of the first.
 //!
 //! The dot products are whole numbers, and what is made of them is the same chain of operations as everywhere, so the
-//! results have the same bits as without tiles. That is also why dense types do not come here: the tiles multiply BF16,
-//! which would round F16 and F32.
+//! results have the same bits as without tiles. F16 and BF16 have tiles of their own in [`dense`].
 //!
 //! Instructions: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18, and volume 2.
 
 use std::arch::asm;
-use std::arch::x86_64::{__cpuid, __cpuid_count, __m512i, _mm512_add_epi32, _mm512_load_si512, _mm512_set1_epi32};
-use std::arch::x86_64::{_mm512_setzero_si512, _mm512_store_si512};
+use std::arch::x86_64::{__cpuid, __cpuid_count, __m512i, _mm512_load_si512, _mm512_set1_epi8, _mm512_store_si512};
+use std::arch::x86_64::_mm512_sub_epi8;
+use std::mem::MaybeUninit;
+use std::ops::Range;
 use std::sync::OnceLock;
 
-use super::formats::{Format, Offset, SUB, VECTOR};
-use super::matrix::{AHEAD, INPUT_TILE, Quantised, add_sub, put, start};
+use super::formats::{Format, Offset, SUB, Scales, VECTOR};
+use super::input::{InputBlock, TILE};
+use super::matrix::{INPUT_TILE, Quantised, add_sub, put};
 use super::simd::avx512::Avx512;
 use super::simd::{LANES, Simd};
 
+pub(super) mod dense;
 #[cfg(all(test, target_os = "linux"))]
 mod emulator;
 
 /// Inputs from which tiles are used. For fewer, filling a tile costs more than it saves.
 pub const FROM: usize = 8;
 
-/// Inputs in a tile.
-const TILE: usize = 16;
-
-/// Whether the CPU has tiles of bytes and the system lets this process use them. Asks for them the first time.
+/// Whether the CPU has tiles of bytes and BF16 and the system lets this process use them. Asks for them the first time.
 pub fn is_available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| {
-        const TILES_AND_BYTES: u32 = 1 << 24 | 1 << 25;
-        let has = __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & TILES_AND_BYTES == TILES_AND_BYTES;
+        const ALL: u32 = 1 << 22 | 1 << 24 | 1 << 25;
+        let has = __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & ALL == ALL;
         has && permitted()
     })
 }
@@ -69,147 +69,232 @@ struct Config {
 
 const _: () = assert!(size_of::<Config>() == 64);
 
-/// Sums of sixteen inputs (rows) and sixteen matrix rows, twice for halves.
-#[repr(C, align(64))]
-struct Sums([[[i32; LANES]; TILE]; 2]);
-
-/// Vectors of 32 columns.
-#[repr(C, align(64))]
-struct Columns([[u8; VECTOR]; 8]);
-
 impl Config {
-    /// Tiles 0 (sums), 2 (inputs) and 4 (columns) for sixteen inputs, 1 and 3 for the `rest` at the end.
-    fn new<F: Format>(rest: usize) -> Config {
-        let columns = if F::HALVES { SUB / 2 } else { SUB };
+    /// Tiles 0 to 7 of so many rows of so many bytes; none where there are no rows.
+    fn new(shapes: [(usize, usize); 8]) -> Config {
         let mut config = Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-        let mut shape = |tile: usize, rows: usize, row_bytes: usize| {
-            if rows > 0 {
-                config.rows[tile] = rows as u8;
-                config.row_bytes[tile] = row_bytes as u16;
-            }
-        };
-        shape(0, TILE, VECTOR);
-        shape(1, rest, VECTOR);
-        shape(2, TILE, columns);
-        shape(3, rest, columns);
-        shape(4, columns / 4, VECTOR);
+        for (tile, (rows, row_bytes)) in shapes.into_iter().enumerate().filter(|(_, (rows, _))| *rows > 0) {
+            (config.rows[tile], config.row_bytes[tile]) = (rows as u8, row_bytes as u16);
+        }
         config
+    }
+
+    /// Takes effect for this thread.
+    ///
+    /// # Safety
+    /// [`is_available`], and the shapes are valid.
+    unsafe fn load(&self) {
+        // SAFETY: this function's conditions.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) self, options(nostack, preserves_flags)) }
     }
 }
 
-/// `sums[i][row] = dot(inputs[i], columns of the row)` with the tiles of these numbers.
-macro_rules! dot {
-    ($multiply:literal, $sums_tile:literal, $inputs_tile:literal, $inputs:expr, $columns:expr, $sums:expr) => {
-        asm!(
-            concat!("tilezero tmm", $sums_tile),
-            concat!("tileloadd tmm", $inputs_tile, ", [{inputs} + {line}*1]"),
-            "tileloadd tmm4, [{columns} + {line}*1]",
-            concat!($multiply, " tmm", $sums_tile, ", tmm", $inputs_tile, ", tmm4"),
-            concat!("tilestored [{sums} + {line}*1], tmm", $sums_tile),
-            inputs = in(reg) $inputs,
-            columns = in(reg) $columns,
-            sums = in(reg) $sums,
-            line = in(reg) VECTOR,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _,
-            options(nostack, preserves_flags)
-        )
-    };
-}
-
-/// Inputs lie a cache line apart, as do vectors and sums.
+/// Gives the tiles back, so that the system need not keep them for this thread.
 ///
 /// # Safety
-/// The CPU has tiles and they are configured; there are `count` inputs, as many vectors as the configuration says, and
-/// room for the sums.
+/// [`is_available`].
+unsafe fn release() {
+    // SAFETY: this function's condition.
+    unsafe { asm!("tilerelease", options(nostack, preserves_flags, nomem)) }
+}
+
+/// Times 32 columns that inputs take turns with: with their sums they fit a core's first cache.
+const PART: usize = 32;
+
+/// A group's columns of a part as the tiles want them, and what has been made of them so far.
+struct Room {
+    /// Weights, lowered by the format's offset.
+    weights: [Columns; PART],
+    scales: [Scales<S>; PART],
+    /// Results of sixteen inputs each.
+    results: [[[f32; LANES]; TILE]; INPUT_TILE / TILE],
+    /// Products of one 32 columns and the next, of each half.
+    dots: [[Dots; 2]; 2],
+}
+
+/// 32 columns of a group.
+#[repr(C, align(64))]
+struct Columns([[u8; VECTOR]; 8]);
+
+/// Products of sixteen inputs (rows) and sixteen matrix rows.
+#[repr(C, align(64))]
+struct Dots([[i32; LANES]; TILE]);
+
+type S = Avx512<false>;
+
+/// `dots[i][row] = dot(inputs[i], columns of the row)`. Inputs lie a cache line apart, as do vectors and products.
+///
+/// # Safety
+/// The tiles are configured; there are sixteen inputs, as many vectors as is configured, and room for the products.
 #[inline(always)]
-unsafe fn dot<F: Format>(inputs: *const i8, count: usize, columns: *const u8, sums: *mut i32) {
+unsafe fn dot(inputs: *const i8, columns: *const u8, dots: *mut Dots) {
     // SAFETY: this function's conditions.
     unsafe {
-        match (F::OFFSET, count == TILE) {
-            (Offset::Signed, true) => dot!("tdpbssd", 0, 2, inputs, columns, sums),
-            (Offset::Signed, false) => dot!("tdpbssd", 1, 3, inputs, columns, sums),
-            (Offset::Fixed(_), true) => dot!("tdpbsud", 0, 2, inputs, columns, sums),
-            (Offset::Fixed(_), false) => dot!("tdpbsud", 1, 3, inputs, columns, sums),
-        }
+        asm!(
+            "tilezero tmm0",
+            "tileloadd tmm1, [{inputs} + {line}*1]",
+            "tileloadd tmm2, [{columns} + {line}*1]",
+            "tdpbssd tmm0, tmm1, tmm2",
+            "tilestored [{dots} + {line}*1], tmm0",
+            inputs = in(reg) inputs,
+            columns = in(reg) columns,
+            dots = in(reg) dots,
+            line = in(reg) VECTOR,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _,
+            options(nostack, preserves_flags)
+        )
     }
 }
 
 /// Runs a product as `isa.run(kernel)` does.
 ///
 /// # Safety
-/// [`is_available`], the CPU has AVX-512, and the kernel's own conditions.
+/// [`is_available`], the CPU has AVX-512, and the kernel's own conditions; behind its inputs lie sixteen more.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 pub(super) unsafe fn run<F: Format>(kernel: &Quantised<F>) {
-    type S = Avx512<false>;
-    let Quantised { m, start: first_input, tile, k, n, .. } = *kernel;
-    let config = Config::new::<F>(tile % TILE);
+    let Quantised { m, start, tile, n, k, .. } = *kernel;
+    let columns = if F::HALVES { SUB / 2 } else { SUB };
+    let config = Config::new([(TILE, VECTOR), (TILE, columns), (columns / 4, VECTOR), (0, 0), (0, 0), (0, 0), (0, 0), (0, 0)]);
+    let mut room = MaybeUninit::<Room>::uninit();
+    let room = room.as_mut_ptr();
     let group_bytes = k / F::COLUMNS * F::PACKED;
-    let mut results = [[0f32; LANES]; INPUT_TILE];
-    let mut sums = Sums([[[0; LANES]; TILE]; 2]);
-    let mut columns = Columns([[0; VECTOR]; 8]);
-    // SAFETY: the CPU has tiles, and what is configured is a valid palette.
-    unsafe { asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, preserves_flags)) };
-    for group in 0..kernel.count {
-        // SAFETY: as in the kernel without tiles: the group lies within the weights, block `b` of input `i` at
-        // `b * m + i`.
-        unsafe {
+    // SAFETY: as in the kernel without tiles: groups lie within the weights, and block `b` of input `i` at `b * m + i`.
+    unsafe {
+        config.load();
+        for group in 0..kernel.count {
             let weights = kernel.weights.add(group * group_bytes);
-            results[..tile].fill([0.0; LANES]);
-            for column_block in 0..k / SUB {
-                let block = weights.add(column_block / (F::COLUMNS / SUB) * F::PACKED);
-                let sub = column_block % (F::COLUMNS / SUB);
-                let planes = block.add(F::HEADER * LANES + sub * F::SUB_BYTES);
-                for line in (0..F::SUB_BYTES).step_by(VECTOR) {
-                    S::prefetch(planes.wrapping_add(AHEAD + line));
-                }
-                let scales = F::scales::<S>(block, sub);
-                let vectors = match F::LOW {
-                    8 => planes, // as they lie there
-                    _ => {
-                        for (to, vector) in columns.0.iter_mut().zip(F::weights::<S>(block, sub)) {
-                            _mm512_store_si512(to.as_mut_ptr().cast(), vector);
-                        }
-                        columns.0.as_ptr().cast()
-                    }
-                };
-                let inputs = kernel.input.as_ptr().add(column_block * m + first_input);
-                for (chunk, results) in results[..tile].chunks_mut(TILE).enumerate() {
-                    let inputs = inputs.add(chunk * TILE);
-                    let values = (&raw const (*inputs).values).cast::<i8>();
-                    dot::<F>(values, results.len(), vectors, sums.0[0].as_mut_ptr().cast());
-                    if F::HALVES {
-                        let (values, vectors) = (values.add(SUB / 2), vectors.add(4 * VECTOR));
-                        dot::<F>(values, results.len(), vectors, sums.0[1].as_mut_ptr().cast());
-                    }
-                    for (i, result) in results.iter_mut().enumerate() {
-                        let x = &*inputs.add(i);
-                        let lowered = |half: usize| -> __m512i {
-                            let dots = _mm512_load_si512(sums.0[half][i].as_ptr().cast());
-                            _mm512_add_epi32(dots, _mm512_set1_epi32(start::<F>(x, half, 0)))
-                        };
-                        let dots = [lowered(0), if F::HALVES { lowered(1) } else { _mm512_setzero_si512() }];
-                        let acc = add_sub::<S, F>(S::load(result.as_ptr()), dots, x, &scales);
-                        S::store(result.as_mut_ptr(), acc);
-                    }
+            for from in (0..k / SUB).step_by(PART) {
+                let blocks = from..(k / SUB).min(from + PART);
+                unpack::<F>(weights, blocks.clone(), room);
+                // What comes next is asked for in the meantime.
+                let chunks = tile.div_ceil(TILE);
+                let lines = (F::PACKED * SUB / F::COLUMNS).div_ceil(chunks * VECTOR);
+                let mut ahead = weights.wrapping_add(blocks.end * SUB / F::COLUMNS * F::PACKED);
+                for chunk in 0..chunks {
+                    let inputs = kernel.input.as_ptr().add(start + chunk * TILE);
+                    multiply::<F>(inputs, m, blocks.clone(), chunk, room, ahead, lines);
+                    ahead = ahead.wrapping_add(lines * blocks.len() * VECTOR);
                 }
             }
-            for (i, result) in results[..tile].iter().enumerate() {
-                let out = kernel.out.add((first_input + i) * n);
-                put::<S>(S::load(result.as_ptr()), out, (kernel.first + group) * LANES, n);
+            for i in 0..tile {
+                let out = kernel.out.add((start + i) * n);
+                let result = (&raw const (*room).results[i / TILE][i % TILE]).cast();
+                put::<S>(S::load(result), out, (kernel.first + group) * LANES, n);
+            }
+        }
+        release();
+    }
+}
+
+/// # Safety
+/// As [`run`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+unsafe fn unpack<F: Format>(weights: *const u8, blocks: Range<usize>, room: *mut Room) {
+    // SAFETY: this function's conditions.
+    unsafe {
+        for (at, column_block) in blocks.enumerate() {
+            let block = weights.add(column_block / (F::COLUMNS / SUB) * F::PACKED);
+            let sub = column_block % (F::COLUMNS / SUB);
+            (&raw mut (*room).scales[at]).write(F::scales::<S>(block, sub));
+            let to = (&raw mut (*room).weights[at]).cast::<__m512i>();
+            for (j, vector) in F::weights::<S>(block, sub).into_iter().enumerate() {
+                let lowered = match F::OFFSET {
+                    Offset::Fixed(offset) => _mm512_sub_epi8(vector, _mm512_set1_epi8(offset as i8)),
+                    Offset::Signed => vector,
+                };
+                _mm512_store_si512(to.add(j), lowered);
             }
         }
     }
-    // SAFETY: gives the tiles back, so that the system need not keep them for this thread.
-    unsafe { asm!("tilerelease", options(nostack, preserves_flags, nomem)) };
+}
+
+/// The part's columns with sixteen inputs, and requests for so many lines with each 32 of them.
+///
+/// # Safety
+/// As [`run`]; the room has been filled.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+unsafe fn multiply<F: Format>(
+    inputs: *const InputBlock,
+    m: usize,
+    blocks: Range<usize>,
+    chunk: usize,
+    room: *mut Room,
+    mut ahead: *const u8,
+    lines: usize,
+) {
+    // SAFETY: this function's conditions; what is asked for ahead need not be there.
+    unsafe {
+        let results = (&raw mut (*room).results[chunk]).cast::<f32>();
+        let mut sums = [S::splat(0.0); TILE];
+        if blocks.start > 0 {
+            for i in 0..TILE {
+                sums[i] = S::load(results.add(i * LANES));
+            }
+        }
+        let dots = |at: usize| {
+            let values = (&raw const (*inputs.add((blocks.start + at) * m)).values).cast::<i8>();
+            let vectors = (&raw const (*room).weights[at]).cast::<u8>();
+            dot(values, vectors, &raw mut (*room).dots[at % 2][0]);
+            if F::HALVES {
+                dot(values.add(SUB / 2), vectors.add(4 * VECTOR), &raw mut (*room).dots[at % 2][1]);
+            }
+        };
+        dots(0);
+        for at in 0..blocks.len() {
+            // One step ahead of what is made of them.
+            if at + 1 < blocks.len() {
+                dots(at + 1);
+            }
+            for _ in 0..lines {
+                S::prefetch(ahead);
+                ahead = ahead.wrapping_add(VECTOR);
+            }
+            let scales = &(*room).scales[at];
+            let x = inputs.add((blocks.start + at) * m);
+            let products = (&raw const (*room).dots[at % 2]).cast::<__m512i>();
+            for i in 0..TILE {
+                let first = _mm512_load_si512(products.add(i));
+                let second = if F::HALVES { _mm512_load_si512(products.add(TILE + i)) } else { first };
+                sums[i] = add_sub::<S, F>(sums[i], [first, second], &*x.add(i), scales);
+            }
+        }
+        for i in 0..TILE {
+            S::store(results.add(i * LANES), sums[i]);
+        }
+    }
 }
 
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
+    use half::{bf16, f16};
+
     use super::super::input::Input;
     use super::super::matrix::{Matrix, Product, multiply};
     use super::super::pool::Pool;
     use super::super::simd::Isa;
     use crate::weights::WeightType;
+
+    /// Seeded numbers in -0.5..0.5.
+    fn random() -> impl FnMut() -> f32 {
+        let mut state = 1u64;
+        move || {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 40) as f32 / (1 << 24) as f32 - 0.5
+        }
+    }
+
+    fn input(pool: &Pool, isa: Isa, dtype: WeightType, m: usize, k: usize, mut random: impl FnMut() -> f32) -> Input {
+        let mut input = Input::default();
+        input.reset(m, k).iter_mut().for_each(|x| *x = 100.0 * random());
+        input.prepare(pool, isa, std::iter::once(dtype));
+        input
+    }
+
+    fn product(pool: &Pool, isa: Isa, input: &Input, matrix: &Matrix) -> Vec<u32> {
+        let mut out = vec![f32::NAN; input.rows() * matrix.rows()];
+        multiply(pool, isa, input, &mut [Product { matrix, out: &mut out }]);
+        out.into_iter().map(f32::to_bits).collect()
+    }
 
     #[test]
     fn tiles_give_the_bits_of_plain_rust() {
@@ -218,11 +303,7 @@ mod tests {
             return;
         };
         let pool = Pool::new(2).unwrap();
-        let mut state = 1u64;
-        let mut random = || {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (state >> 40) as f32 / (1 << 24) as f32 - 0.5
-        };
+        let mut random = random();
         for dtype in WeightType::ALL.into_iter().filter(|dtype| !dtype.is_dense()) {
             let (n, k) = (19, 512);
             let values: Vec<f32> = (0..n * k).map(|_| random()).collect();
@@ -231,15 +312,70 @@ mod tests {
             let matrix = Matrix::pack(&pool, dtype, &stored.data().unwrap(), n, k).unwrap();
             // Below and at the threshold, whole tiles, a rest of one and of fifteen, and more than one run of inputs.
             for m in [7, 8, 16, 17, 31, 48, 130, 150] {
-                let mut input = Input::default();
-                input.reset(m, k).iter_mut().for_each(|x| *x = 100.0 * random());
-                input.quantise(&pool, Isa::SCALAR);
-                let product = |isa| {
-                    let mut out = vec![f32::NAN; m * n];
-                    multiply(&pool, isa, &input, &mut [Product { matrix: &matrix, out: &mut out }]);
-                    out.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+                let input = input(&pool, Isa::SCALAR, dtype, m, k, &mut random);
+                let expected = product(&pool, Isa::SCALAR, &input, &matrix);
+                assert!(product(&pool, tiles, &input, &matrix) == expected, "{dtype} with {m} inputs");
+            }
+        }
+    }
+
+    /// What an instruction gives for 32 columns: a chain of those that come first in a pair and one of those that come
+    /// second, and then their sum.
+    fn step(sum: f32, x: &[f32], w: &[f32]) -> f32 {
+        let chain = |first: usize| {
+            let pairs = x.iter().zip(w).skip(first).step_by(2);
+            pairs.fold(0f32, |chain, (x, w)| x.mul_add(*w, chain))
+        };
+        sum + (chain(0) + chain(1))
+    }
+
+    #[test]
+    fn dense_tiles_give_the_bits_that_the_manual_says() {
+        let Some(tiles) = Isa::with_tiles() else {
+            println!("skipped: neither AMX nor AVX-512 to emulate it beside");
+            return;
+        };
+        let pool = Pool::new(2).unwrap();
+        let mut random = random();
+        let round = |value: f32| bf16::from_f32(value).to_f32();
+        for dtype in [WeightType::BF16, WeightType::F16] {
+            // Odd groups, odd rows, odd columns, fewer than a step has, parts, and more columns than stay in a cache.
+            for (n, k) in [(1, 1), (19, 33), (40, 64), (83, 543), (16, 4160)] {
+                let weights: Vec<f32> = (0..n * k).map(|_| random()).collect();
+                let bytes: Vec<u8> = match dtype {
+                    WeightType::F16 => weights.iter().flat_map(|&w| f16::from_f32(w).to_le_bytes()).collect(),
+                    _ => weights.iter().flat_map(|&w| bf16::from_f32(w).to_le_bytes()).collect(),
                 };
-                assert!(product(tiles) == product(Isa::SCALAR), "{dtype} with {m} inputs");
+                let matrix = Matrix::pack(&pool, dtype, &bytes, n, k).unwrap();
+                let mut row = vec![0f32; k];
+                for m in [1, 2, 15, 16, 17, 32, 33, 130] {
+                    if m * k > 100_000 && !super::is_available() {
+                        continue; // too slow in emulation
+                    }
+                    let input = input(&pool, tiles, dtype, m, k, &mut random);
+                    let found = product(&pool, tiles, &input, &matrix);
+                    for j in 0..n {
+                        matrix.widen_row(j, &mut row);
+                        // An F16 weight without its last three bits, and those.
+                        let high: Vec<f32> = row.iter().map(|w| f32::from_bits(w.to_bits() & 0xffff_0000)).collect();
+                        let low: Vec<f32> = row.iter().zip(&high).map(|(w, high)| w - high).collect();
+                        for i in 0..m {
+                            let x = &input.values()[i * k..][..k];
+                            let rounded: Vec<f32> = x.iter().map(|&x| round(x)).collect();
+                            let rest: Vec<f32> = x.iter().zip(&rounded).map(|(x, high)| round(x - high)).collect();
+                            let mut sum = 0f32;
+                            for from in (0..k).step_by(32) {
+                                let columns = from..k.min(from + 32);
+                                sum = step(sum, &rounded[columns.clone()], &high[columns.clone()]);
+                                if dtype == WeightType::F16 {
+                                    sum = step(sum, &rest[columns.clone()], &high[columns.clone()]);
+                                    sum = step(sum, &rounded[columns.clone()], &low[columns.clone()]);
+                                }
+                            }
+                            assert_eq!(f32::from_bits(found[i * n + j]), sum, "{dtype} {n} x {k}, {m} inputs: [{i},{j}]");
+                        }
+                    }
+                }
             }
         }
     }

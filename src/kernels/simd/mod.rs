@@ -27,7 +27,7 @@ enum Set {
     /// AVX-512 F, BW, VL, DQ and VNNI.
     #[cfg(target_arch = "x86_64")]
     Avx512,
-    /// The same, and AMX's tiles for products with many inputs.
+    /// The same, and AMX's tiles.
     #[cfg(target_arch = "x86_64")]
     Amx,
     /// AVX2, FMA and F16C.
@@ -47,17 +47,16 @@ impl Isa {
     /// Plain Rust, which every CPU has: the reference.
     pub const SCALAR: Isa = Isa(Set::Scalar);
 
-    /// Every instruction set that this CPU has, best first. Plain Rust is always the last. AMX stands behind AVX-512: what
-    /// it gains has not been measured, so it is there for those who ask for it.
+    /// Every instruction set that this CPU has, best first. Plain Rust is always the last.
     pub fn available() -> Vec<Isa> {
         let mut found = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
             if avx512::is_available() {
-                found.push(Isa(Set::Avx512));
                 if crate::kernels::tiles::is_available() {
                     found.push(Isa(Set::Amx));
                 }
+                found.push(Isa(Set::Avx512));
             }
             if avx2::is_available() {
                 found.push(Isa(Set::Avx2));
@@ -94,10 +93,13 @@ impl Isa {
         }
     }
 
-    /// Whether products may use tiles.
-    #[cfg(target_arch = "x86_64")]
+    /// Whether products use tiles.
     pub(super) fn has_tiles(self) -> bool {
-        self.0 == Set::Amx
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Set::Amx => true,
+            _ => false,
+        }
     }
 
     /// AMX, where it is there or can be emulated.

@@ -156,6 +156,7 @@ impl Instruction {
                 // Both signed, and the first signed with the second unsigned.
                 (0x5e, 3, None) => tiles.multiply(self.reg, self.rm, self.third, |byte| i32::from(byte as i8)),
                 (0x5e, 2, None) => tiles.multiply(self.reg, self.rm, self.third, i32::from),
+                (0x5c, 2, None) => tiles.multiply_bf16(self.reg, self.rm, self.third),
                 _ => false,
             }
         }
@@ -191,8 +192,8 @@ impl Tiles {
         true
     }
 
-    /// `sums += first * second`, four bytes at a time, the first ones signed.
-    fn multiply(&mut self, sums: usize, first: usize, second: usize, widen: impl Fn(u8) -> i32) -> bool {
+    /// Whether these can be multiplied.
+    fn fit(&self, sums: usize, first: usize, second: usize) -> bool {
         let distinct = sums != first && sums != second && first != second;
         let fits = self.row_bytes[first] / 4 == self.rows[second]
             && self.rows[sums] == self.rows[first]
@@ -200,7 +201,40 @@ impl Tiles {
             && [sums, first, second]
                 .iter()
                 .all(|&tile| tile < 8 && self.has(tile) && self.row_bytes[tile].is_multiple_of(4));
-        if !distinct || !fits {
+        distinct && fits
+    }
+
+    /// `sums += first * second` of BF16: two chains for all that comes first and all that comes second in a pair, and their
+    /// sum. Subnormal numbers are zeros.
+    fn multiply_bf16(&mut self, sums: usize, first: usize, second: usize) -> bool {
+        if !self.fit(sums, first, second) {
+            return false;
+        }
+        for row in 0..self.rows[sums] {
+            for column in 0..self.row_bytes[sums] / 4 {
+                let at = 4 * column;
+                let number = |tile: usize, row: usize, at: usize| {
+                    let bytes = &self.data[tile][row][at..];
+                    flush(f32::from_le_bytes([0, 0, bytes[0], bytes[1]]))
+                };
+                let mut chains = [0f32; 2];
+                for k in 0..self.rows[second] {
+                    for (t, chain) in chains.iter_mut().enumerate() {
+                        let (x, w) = (number(first, row, 4 * k + 2 * t), number(second, k, at + 2 * t));
+                        *chain = flush(x.mul_add(w, *chain));
+                    }
+                }
+                let sum = flush(f32::from_le_bytes(std::array::from_fn(|t| self.data[sums][row][at + t])));
+                let sum = flush(sum + flush(chains[0] + chains[1]));
+                self.data[sums][row][at..at + 4].copy_from_slice(&sum.to_le_bytes());
+            }
+        }
+        true
+    }
+
+    /// `sums += first * second`, four bytes at a time, the first ones signed.
+    fn multiply(&mut self, sums: usize, first: usize, second: usize, widen: impl Fn(u8) -> i32) -> bool {
+        if !self.fit(sums, first, second) {
             return false;
         }
         for row in 0..self.rows[sums] {
@@ -218,6 +252,11 @@ impl Tiles {
         }
         true
     }
+}
+
+/// Zero for a subnormal number.
+fn flush(value: f32) -> f32 {
+    if value.is_subnormal() { 0f32.copysign(value) } else { value }
 }
 
 /// Where the kernel keeps the general registers, by their numbers.
