@@ -14,6 +14,7 @@ use crate::device::Cpu;
 use crate::error::{Error, Result};
 use crate::instrument::{AttentionFilter, HiddenRow, Phase, Tap, Watch};
 use crate::kernels::attention::{AttentionRows, AttentionShape, attend};
+use crate::kernels::buffer::Values;
 use crate::kernels::input::Input;
 use crate::kernels::kv::{KvType, LayerKv, MOST_DIMS, Strided};
 use crate::kernels::matrix::{Matrix, Product, multiply};
@@ -63,12 +64,12 @@ impl SequenceKv {
 struct Buffers {
     x: Vec<f32>, // (rows, hidden_size), the residual stream
     input: Input,
-    q: Vec<f32>,      // (rows, heads * head_dim)
-    k: Vec<f32>,      // (rows, kv_heads * head_dim)
-    v: Vec<f32>,      // (rows, kv_heads * head_dim)
-    gate: Vec<f32>,   // (rows, intermediate_size)
-    up: Vec<f32>,     // (rows, intermediate_size)
-    branch: Vec<f32>, // (rows, hidden_size), what is added to x
+    q: Values,      // (rows, heads * head_dim)
+    k: Values,      // (rows, kv_heads * head_dim)
+    v: Values,      // (rows, kv_heads * head_dim)
+    gate: Values,   // (rows, intermediate_size)
+    up: Values,     // (rows, intermediate_size)
+    branch: Values, // (rows, hidden_size), what is added to x
     global: Angles,
     local: Angles,
 }
@@ -77,8 +78,9 @@ impl Buffers {
     fn bytes(&self) -> u64 {
         let Buffers { x, input, q, k, v, gate, up, branch, global, local } = self;
         let angles = [&global.cos, &global.sin, &local.cos, &local.sin];
-        let values: usize = [x, q, k, v, gate, up, branch].into_iter().chain(angles).map(Vec::capacity).sum();
-        (values * size_of::<f32>()) as u64 + input.bytes()
+        let values: usize = [x].into_iter().chain(angles).map(Vec::capacity).sum();
+        let products: u64 = [q, k, v, gate, up, branch].into_iter().map(Values::bytes).sum();
+        (values * size_of::<f32>()) as u64 + products + input.bytes()
     }
 }
 
@@ -228,7 +230,7 @@ impl Stage {
         let (heads, kv_heads, head_dim) = (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
         let (q_width, kv_width) = (heads * head_dim, kv_heads * head_dim);
         let Buffers { x, input, q, k, v, branch, global, local, .. } = buffers;
-        let (q, k, v) = (grown(q, rows * q_width), grown(k, rows * kv_width), grown(v, rows * kv_width));
+        let (q, k, v) = (q.room(rows * q_width), k.room(rows * kv_width), v.room(rows * kv_width));
 
         self.norm_into(&x[..rows * config.hidden_size], &layer.attn_norm, input, rows);
         if watch.wants_activations() {
@@ -309,7 +311,7 @@ impl Stage {
         }
         watch.lap(number, Phase::Sdpa);
 
-        let branch = grown(branch, rows * config.hidden_size);
+        let branch = branch.room(rows * config.hidden_size);
         self.project(input, [(&layer.o_proj, &mut *branch)]);
         self.add_branch(x, branch, &layer.o_proj, &layer.attn_post_norm, rows);
         if watch.wants_activations() {
@@ -351,7 +353,7 @@ impl Stage {
         let (config, isa) = (&*self.config, self.cpu.isa);
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
         let Buffers { x, input, gate, up, branch, .. } = buffers;
-        let (gate, up) = (grown(gate, rows * inner), grown(up, rows * inner));
+        let (gate, up) = (gate.room(rows * inner), up.room(rows * inner));
         self.norm_into(&x[..rows * hidden], &layer.mlp_norm, input, rows);
         watch.lap(number, Phase::MlpNorm);
         self.project(input, [(&layer.gate_proj, &mut *gate), (&layer.up_proj, &mut *up)]);
@@ -369,7 +371,7 @@ impl Stage {
             gated.copy_from_slice(gate);
         });
         watch.lap(number, Phase::MlpSwiglu);
-        let branch = grown(branch, rows * hidden);
+        let branch = branch.room(rows * hidden);
         self.project(input, [(&layer.down_proj, &mut *branch)]);
         self.add_branch(x, branch, &layer.down_proj, &layer.mlp_post_norm, rows);
         if watch.wants_activations() {

@@ -52,6 +52,32 @@ impl Buffer {
     }
 }
 
+/// Room for a step's values: it grows to what is asked of it and stays.
+pub struct Values(Buffer);
+
+impl Default for Values {
+    fn default() -> Self {
+        Values(Buffer::zeroed(0))
+    }
+}
+
+impl Values {
+    /// `len` values, whatever is in them, from a multiple of [`ALIGNMENT`] on.
+    pub fn room(&mut self, len: usize) -> &mut [f32] {
+        if self.0.len < len * size_of::<f32>() {
+            self.0 = Buffer::zeroed(len * size_of::<f32>());
+        }
+        let start = self.0.as_mut_slice().as_mut_ptr();
+        // SAFETY: there is room for them, any bytes are numbers, and the memory is borrowed as the result is.
+        unsafe { std::slice::from_raw_parts_mut(start.cast(), len) }
+    }
+
+    /// Bytes that it keeps.
+    pub fn bytes(&self) -> u64 {
+        self.0.len as u64
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -65,6 +91,17 @@ mod tests {
             assert!(buffer.as_slice().iter().all(|&b| b == 0));
             buffer.as_mut_slice().fill(7);
             assert!(buffer.as_slice().iter().all(|&b| b == 7));
+        }
+    }
+
+    #[test]
+    fn room_for_values_grows_and_stays() {
+        let mut values = Values::default();
+        for (len, bytes) in [(0, 0), (3, 12), (1, 12), (1 << 20, 4 << 20), (5, 4 << 20)] {
+            let room = values.room(len);
+            assert_eq!((room.len(), room.as_ptr().align_offset(ALIGNMENT)), (len, 0));
+            room.fill(7.0);
+            assert_eq!(values.bytes(), bytes);
         }
     }
 }

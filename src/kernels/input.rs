@@ -33,6 +33,9 @@ pub struct InputBlock {
 /// Rows of a tile.
 pub const TILE: usize = 16;
 
+/// Blocks behind the last: tiles are read wherever the rows end.
+pub const BEHIND: usize = 4 * TILE;
+
 /// 32 columns of a row in BF16: a row of a tile, which is one cache line.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 #[repr(C, align(64))]
@@ -44,7 +47,6 @@ pub struct TileRows<'a> {
     lines: &'a [TileRow],
     rows: usize,
     steps: usize,
-    parts: usize,
 }
 
 impl TileRows<'_> {
@@ -58,16 +60,10 @@ impl TileRows<'_> {
         if self.chunks() > 2 { TILE } else { TILE.min(self.rows - TILE * chunk) }
     }
 
-    /// Parts that each value is the sum of: 1 or 2.
-    pub fn parts(&self) -> usize {
-        self.parts
-    }
-
-    /// The first row of a tile's columns from `32 * step` on, in the first part. The other rows lie behind it, then those
-    /// of the second part, then those of the next step.
+    /// The first row of a tile's columns from `32 * step` on. The other rows lie behind it, then those of the next step.
     pub fn tile(&self, chunk: usize, step: usize) -> *const TileRow {
         assert!(chunk < self.chunks() && step < self.steps, "no such tile");
-        self.lines[(TILE * chunk * self.steps + step * self.rows_of(chunk)) * self.parts..].as_ptr()
+        self.lines[TILE * chunk * self.steps + step * self.rows_of(chunk)..].as_ptr()
     }
 }
 
@@ -81,14 +77,14 @@ pub struct Input {
     quantised: bool,
     pairs: Vec<[bf16; 2]>, // (rows, columns / 2, rounded up)
     rounded: bool,
-    tiles: Vec<TileRow>, // (chunks, columns / BLOCK rounded up, parts, rows of the chunk)
-    tile_parts: usize,   // 0 until they are made
+    tiles: Vec<TileRow>, // (chunks, columns / BLOCK rounded up, rows of the chunk)
+    cut: bool,
 }
 
 impl Input {
     /// Makes room for `rows` rows of `columns` values and lends them for writing; what was in them is unspecified.
     pub fn reset(&mut self, rows: usize, columns: usize) -> &mut [f32] {
-        (self.rows, self.columns, self.quantised, self.rounded, self.tile_parts) = (rows, columns, false, false, 0);
+        (self.rows, self.columns, self.quantised, self.rounded, self.cut) = (rows, columns, false, false, false);
         if self.values.len() < rows * columns {
             self.values.resize(rows * columns, 0.0);
         }
@@ -129,9 +125,9 @@ impl Input {
         &self.blocks[..count]
     }
 
-    /// The same with sixteen more behind the last, whatever is in them.
+    /// The same with [`BEHIND`] more, whatever is in them.
     pub fn blocks_and_more(&self) -> &[InputBlock] {
-        let count = if self.quantised { self.columns / BLOCK * self.rows + TILE } else { 0 };
+        let count = if self.quantised { self.columns / BLOCK * self.rows + BEHIND } else { 0 };
         &self.blocks[..count]
     }
 
@@ -139,8 +135,7 @@ impl Input {
     pub fn quantise(&mut self, pool: &Pool, isa: Isa) {
         assert!(self.columns.is_multiple_of(BLOCK), "rows of {} values are no whole blocks", self.columns);
         let (rows, columns) = (self.rows, self.columns);
-        // A tile reads sixteen rows wherever it begins.
-        let count = columns / BLOCK * rows + TILE;
+        let count = columns / BLOCK * rows + BEHIND;
         if self.blocks.len() < count {
             self.blocks.resize(count, InputBlock::default());
         }
@@ -192,19 +187,18 @@ impl Input {
 
     /// The rows in BF16 by sixteen, for tiles. `None` until they have been made.
     pub fn tiles(&self) -> Option<TileRows<'_>> {
-        let (rows, steps, parts) = (self.rows, self.columns.div_ceil(BLOCK), self.tile_parts);
-        (parts > 0 && rows > 0).then_some(TileRows { lines: &self.tiles, rows, steps, parts })
+        let (rows, steps) = (self.rows, self.columns.div_ceil(BLOCK));
+        (self.cut && rows > 0).then_some(TileRows { lines: &self.tiles, rows, steps })
     }
 
-    /// Makes the tiles: each value is rounded to BF16, and with two parts what that leaves is rounded too, so that the sum
-    /// of both has 16 bits or more of the value's 24.
-    pub fn cut(&mut self, pool: &Pool, isa: Isa, parts: usize) {
+    /// Makes the tiles: each value is rounded to the nearest, ties to even.
+    pub fn cut(&mut self, pool: &Pool, isa: Isa) {
         let (rows, columns) = (self.rows, self.columns);
         let steps = columns.div_ceil(BLOCK);
         let chunks = rows.div_ceil(TILE);
         let padded = if chunks > 2 { chunks * TILE } else { rows };
-        if self.tiles.len() < padded * steps * parts {
-            self.tiles.resize(padded * steps * parts, TileRow::default());
+        if self.tiles.len() < padded * steps {
+            self.tiles.resize(padded * steps, TileRow::default());
         }
         let values = &self.values;
         let lines = Lines(self.tiles.as_mut_ptr());
@@ -221,15 +215,9 @@ impl Input {
                             None => x[..from.len()].copy_from_slice(from),
                         }
                     }
-                    for part in 0..parts {
-                        let rounded = x.map(to_bf16);
-                        for (x, rounded) in x.iter_mut().zip(rounded) {
-                            *x -= f32::from_bits(u32::from(rounded.to_bits()) << 16);
-                        }
-                        let line = (TILE * chunk * steps + step * of_chunk) * parts + part * of_chunk + row % TILE;
-                        // SAFETY: there are lines for `padded` rows, and each row has its own.
-                        unsafe { lines.0.add(line).write(TileRow(rounded)) };
-                    }
+                    let line = TILE * chunk * steps + step * of_chunk + row % TILE;
+                    // SAFETY: there are lines for `padded` rows, and each row has its own.
+                    unsafe { lines.0.add(line).write(TileRow(x.map(to_bf16))) };
                 }
             });
         };
@@ -237,7 +225,7 @@ impl Input {
             true => (0..padded).for_each(row),
             false => pool.for_each(padded, row),
         }
-        self.tile_parts = parts;
+        self.cut = true;
     }
 }
 

@@ -3,29 +3,29 @@
 //! a row of the first.
 //!
 //! The dot products are whole numbers, and what is made of them is the same chain of operations as everywhere, so the
-//! results have the same bits as without tiles. F16 and BF16 have tiles of their own in [`dense`].
+//! results have the same bits as without tiles. BF16 has tiles of its own in [`rounded`].
 //!
 //! Instructions: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18, and volume 2.
 
 use std::arch::asm;
-use std::arch::x86_64::{__cpuid, __cpuid_count, __m512i, _mm512_load_si512, _mm512_set1_epi8, _mm512_store_si512};
 use std::arch::x86_64::_mm512_sub_epi8;
+use std::arch::x86_64::{__cpuid, __cpuid_count, __m512i, _mm512_load_si512, _mm512_set1_epi8, _mm512_store_si512};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::OnceLock;
 
 use super::formats::{Format, Offset, SUB, Scales, VECTOR};
-use super::input::{InputBlock, TILE};
+use super::input::{BEHIND, InputBlock, TILE};
 use super::matrix::{INPUT_TILE, Quantised, add_sub, put};
 use super::simd::avx512::Avx512;
 use super::simd::{LANES, Simd};
 
-pub(super) mod dense;
+pub(super) mod rounded;
 #[cfg(all(test, target_os = "linux"))]
 mod emulator;
 
-/// Inputs from which tiles are used. For fewer, filling a tile costs more than it saves.
-pub const FROM: usize = 8;
+/// Inputs from which tiles are used. With fewer, loading tiles of weights takes longer than multiplying without.
+pub const FROM: usize = 64;
 
 /// Whether the CPU has tiles of bytes and BF16 and the system lets this process use them. Asks for them the first time.
 pub fn is_available() -> bool {
@@ -101,6 +101,14 @@ unsafe fn release() {
 /// Times 32 columns that inputs take turns with: with their sums they fit a core's first cache.
 const PART: usize = 32;
 
+/// Tiles of inputs that are multiplied with a tile of weights once that is loaded.
+const CHUNKS: usize = 4;
+
+/// Times 32 columns whose products are made while something is made of the products before them.
+const AHEAD: usize = 2;
+
+const _: () = assert!(BEHIND >= CHUNKS * TILE);
+
 /// A group's columns of a part as the tiles want them, and what has been made of them so far.
 struct Room {
     /// Weights, lowered by the format's offset.
@@ -108,56 +116,99 @@ struct Room {
     scales: [Scales<S>; PART],
     /// Results of sixteen inputs each.
     results: [[[f32; LANES]; TILE]; INPUT_TILE / TILE],
-    /// Products of one 32 columns and the next, of each half.
-    dots: [[Dots; 2]; 2],
+    products: [Products; 2],
 }
 
 /// 32 columns of a group.
 #[repr(C, align(64))]
 struct Columns([[u8; VECTOR]; 8]);
 
-/// Products of sixteen inputs (rows) and sixteen matrix rows.
+/// Of sixteen inputs and sixteen matrix rows.
+#[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Dots([[i32; LANES]; TILE]);
 
+/// Products of some times 32 columns with some tiles of inputs, of each half.
+type Products = [[[Dots; CHUNKS]; 2]; AHEAD];
+
 type S = Avx512<false>;
 
-/// `dots[i][row] = dot(inputs[i], columns of the row)`. Inputs lie a cache line apart, as do vectors and products.
-///
-/// # Safety
-/// The tiles are configured; there are sixteen inputs, as many vectors as is configured, and room for the products.
-#[inline(always)]
-unsafe fn dot(inputs: *const i8, columns: *const u8, dots: *mut Dots) {
-    // SAFETY: this function's conditions.
-    unsafe {
+/// `dots[chunk][i][row] = dot(inputs[chunk][i], columns of the row)`.
+macro_rules! dot {
+    ($inputs:expr, $columns:expr, $dots:expr, [$($zero:literal)*], [$($multiply:literal)*], [$($store:literal)*]) => {
         asm!(
-            "tilezero tmm0",
-            "tileloadd tmm1, [{inputs} + {line}*1]",
-            "tileloadd tmm2, [{columns} + {line}*1]",
-            "tdpbssd tmm0, tmm1, tmm2",
-            "tilestored [{dots} + {line}*1], tmm0",
-            inputs = in(reg) inputs,
-            columns = in(reg) columns,
-            dots = in(reg) dots,
+            $($zero,)*
+            "tileloadd tmm6, [{columns} + {line}*1]",
+            $($multiply,)*
+            $($store,)*
+            inputs = in(reg) $inputs,
+            columns = in(reg) $columns,
+            dots = in(reg) $dots,
             line = in(reg) VECTOR,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _,
             options(nostack, preserves_flags)
         )
+    };
+}
+
+/// The products of 32 columns, or half of them, with `C` tiles of inputs. Inputs lie a cache line apart, as do vectors and
+/// products.
+///
+/// # Safety
+/// The tiles are configured; the inputs are there, as many vectors as is configured, and room for the products.
+#[inline(always)]
+unsafe fn dot<const C: usize>(inputs: *const i8, columns: *const u8, dots: *mut [Dots; CHUNKS]) {
+    // SAFETY: this function's conditions.
+    unsafe {
+        match C {
+            1 => dot!(
+                inputs, columns, dots,
+                ["tilezero tmm0"],
+                ["tileloadd tmm4, [{inputs} + {line}*1]" "tdpbssd tmm0, tmm4, tmm6"],
+                ["tilestored [{dots} + {line}*1], tmm0"]
+            ),
+            2 => dot!(
+                inputs, columns, dots,
+                ["tilezero tmm0" "tilezero tmm1"],
+                [
+                    "tileloadd tmm4, [{inputs} + {line}*1]" "tdpbssd tmm0, tmm4, tmm6"
+                    "tileloadd tmm5, [{inputs} + {line}*1 + 1024]" "tdpbssd tmm1, tmm5, tmm6"
+                ],
+                ["tilestored [{dots} + {line}*1], tmm0" "tilestored [{dots} + {line}*1 + 1024], tmm1"]
+            ),
+            _ => dot!(
+                inputs, columns, dots,
+                ["tilezero tmm0" "tilezero tmm1" "tilezero tmm2" "tilezero tmm3"],
+                [
+                    "tileloadd tmm4, [{inputs} + {line}*1]" "tdpbssd tmm0, tmm4, tmm6"
+                    "tileloadd tmm5, [{inputs} + {line}*1 + 1024]" "tdpbssd tmm1, tmm5, tmm6"
+                    "tileloadd tmm4, [{inputs} + {line}*1 + 2048]" "tdpbssd tmm2, tmm4, tmm6"
+                    "tileloadd tmm5, [{inputs} + {line}*1 + 3072]" "tdpbssd tmm3, tmm5, tmm6"
+                ],
+                [
+                    "tilestored [{dots} + {line}*1], tmm0" "tilestored [{dots} + {line}*1 + 1024], tmm1"
+                    "tilestored [{dots} + {line}*1 + 2048], tmm2" "tilestored [{dots} + {line}*1 + 3072], tmm3"
+                ]
+            ),
+        }
     }
 }
 
 /// Runs a product as `isa.run(kernel)` does.
 ///
 /// # Safety
-/// [`is_available`], the CPU has AVX-512, and the kernel's own conditions; behind its inputs lie sixteen more.
+/// [`is_available`], the CPU has AVX-512, and the kernel's own conditions; behind its inputs lie [`BEHIND`] more.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 pub(super) unsafe fn run<F: Format>(kernel: &Quantised<F>) {
     let Quantised { m, start, tile, n, k, .. } = *kernel;
     let columns = if F::HALVES { SUB / 2 } else { SUB };
-    let config = Config::new([(TILE, VECTOR), (TILE, columns), (columns / 4, VECTOR), (0, 0), (0, 0), (0, 0), (0, 0), (0, 0)]);
+    let (sums, inputs, weights) = ((TILE, VECTOR), (TILE, columns), (columns / 4, VECTOR));
+    let config = Config::new([sums, sums, sums, sums, inputs, inputs, weights, (0, 0)]);
     let mut room = MaybeUninit::<Room>::uninit();
     let room = room.as_mut_ptr();
     let group_bytes = k / F::COLUMNS * F::PACKED;
+    let chunks = tile.div_ceil(TILE);
     // SAFETY: as in the kernel without tiles: groups lie within the weights, and block `b` of input `i` at `b * m + i`.
     unsafe {
         config.load();
@@ -167,12 +218,24 @@ pub(super) unsafe fn run<F: Format>(kernel: &Quantised<F>) {
                 let blocks = from..(k / SUB).min(from + PART);
                 unpack::<F>(weights, blocks.clone(), room);
                 // What comes next is asked for in the meantime.
-                let chunks = tile.div_ceil(TILE);
-                let lines = (F::PACKED * SUB / F::COLUMNS).div_ceil(chunks * VECTOR);
+                let turns = chunks.div_ceil(CHUNKS);
+                let lines = (F::PACKED * SUB / F::COLUMNS).div_ceil(turns * VECTOR);
                 let mut ahead = weights.wrapping_add(blocks.end * SUB / F::COLUMNS * F::PACKED);
-                for chunk in 0..chunks {
-                    let inputs = kernel.input.as_ptr().add(start + chunk * TILE);
-                    multiply::<F>(inputs, m, blocks.clone(), chunk, room, ahead, lines);
+                for chunk in (0..chunks).step_by(CHUNKS) {
+                    let turn = Turn {
+                        inputs: kernel.input.as_ptr().add(start + chunk * TILE),
+                        m,
+                        blocks: blocks.clone(),
+                        results: (&raw mut (*room).results[chunk]).cast(),
+                        ahead,
+                        lines,
+                    };
+                    match chunks - chunk {
+                        1 => multiply::<F, 1>(turn, room),
+                        2 => multiply::<F, 2>(turn, room),
+                        3 => multiply::<F, 3>(turn, room),
+                        _ => multiply::<F, 4>(turn, room),
+                    }
                     ahead = ahead.wrapping_add(lines * blocks.len() * VECTOR);
                 }
             }
@@ -197,10 +260,11 @@ unsafe fn unpack<F: Format>(weights: *const u8, blocks: Range<usize>, room: *mut
             let sub = column_block % (F::COLUMNS / SUB);
             (&raw mut (*room).scales[at]).write(F::scales::<S>(block, sub));
             let to = (&raw mut (*room).weights[at]).cast::<__m512i>();
-            for (j, vector) in F::weights::<S>(block, sub).into_iter().enumerate() {
+            let w = F::weights::<S>(block, sub);
+            for j in 0..8 {
                 let lowered = match F::OFFSET {
-                    Offset::Fixed(offset) => _mm512_sub_epi8(vector, _mm512_set1_epi8(offset as i8)),
-                    Offset::Signed => vector,
+                    Offset::Fixed(offset) => _mm512_sub_epi8(w[j], _mm512_set1_epi8(offset as i8)),
+                    Offset::Signed => w[j],
                 };
                 _mm512_store_si512(to.add(j), lowered);
             }
@@ -208,65 +272,83 @@ unsafe fn unpack<F: Format>(weights: *const u8, blocks: Range<usize>, room: *mut
     }
 }
 
-/// The part's columns with sixteen inputs, and requests for so many lines with each 32 of them.
-///
-/// # Safety
-/// As [`run`]; the room has been filled.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-unsafe fn multiply<F: Format>(
+/// Some tiles of inputs with the columns of a part.
+struct Turn {
+    /// Those of the first of all columns.
     inputs: *const InputBlock,
     m: usize,
     blocks: Range<usize>,
-    chunk: usize,
-    room: *mut Room,
-    mut ahead: *const u8,
+    results: *mut f32,
+    /// What is asked for ahead, so many lines for each 32 columns.
+    ahead: *const u8,
     lines: usize,
-) {
+}
+
+/// # Safety
+/// As [`run`]; the room has been filled.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+unsafe fn multiply<F: Format, const C: usize>(turn: Turn, room: *mut Room) {
+    let Turn { inputs, m, blocks, results, mut ahead, lines } = turn;
     // SAFETY: this function's conditions; what is asked for ahead need not be there.
     unsafe {
-        let results = (&raw mut (*room).results[chunk]).cast::<f32>();
-        let mut sums = [S::splat(0.0); TILE];
-        if blocks.start > 0 {
-            for i in 0..TILE {
-                sums[i] = S::load(results.add(i * LANES));
-            }
+        if blocks.start == 0 {
+            results.write_bytes(0, C * TILE * LANES);
         }
-        let dots = |at: usize| {
-            let values = (&raw const (*inputs.add((blocks.start + at) * m)).values).cast::<i8>();
+        let inputs = inputs.add(blocks.start * m);
+        let count = blocks.len();
+        // The products of block `at`, and requests for its share of lines.
+        let mut dots = |at: usize| {
+            let values = (&raw const (*inputs.add(at * m)).values).cast::<i8>();
             let vectors = (&raw const (*room).weights[at]).cast::<u8>();
-            dot(values, vectors, &raw mut (*room).dots[at % 2][0]);
+            let products = &raw mut (*room).products[at / AHEAD % 2][at % AHEAD];
+            dot::<C>(values, vectors, &raw mut (*products)[0]);
             if F::HALVES {
-                dot(values.add(SUB / 2), vectors.add(4 * VECTOR), &raw mut (*room).dots[at % 2][1]);
-            }
-        };
-        dots(0);
-        for at in 0..blocks.len() {
-            // One step ahead of what is made of them.
-            if at + 1 < blocks.len() {
-                dots(at + 1);
+                dot::<C>(values.add(SUB / 2), vectors.add(4 * VECTOR), &raw mut (*products)[1]);
             }
             for _ in 0..lines {
                 S::prefetch(ahead);
                 ahead = ahead.wrapping_add(VECTOR);
             }
-            let scales = &(*room).scales[at];
-            let x = inputs.add((blocks.start + at) * m);
-            let products = (&raw const (*room).dots[at % 2]).cast::<__m512i>();
-            for i in 0..TILE {
-                let first = _mm512_load_si512(products.add(i));
-                let second = if F::HALVES { _mm512_load_si512(products.add(TILE + i)) } else { first };
-                sums[i] = add_sub::<S, F>(sums[i], [first, second], &*x.add(i), scales);
-            }
+        };
+        for at in 0..AHEAD.min(count) {
+            dots(at);
         }
-        for i in 0..TILE {
-            S::store(results.add(i * LANES), sums[i]);
+        for from in (0..count).step_by(AHEAD) {
+            // What tiles and vectors do has nothing to do with each other until the next round, so it goes on at once.
+            for chunk in 0..C {
+                if chunk < AHEAD && from + AHEAD + chunk < count {
+                    dots(from + AHEAD + chunk);
+                }
+                if C < AHEAD && from + AHEAD + 1 < count {
+                    dots(from + AHEAD + 1);
+                }
+                let results = results.add(chunk * TILE * LANES);
+                let mut sums = [S::splat(0.0); TILE];
+                for i in 0..TILE {
+                    sums[i] = S::load(results.add(i * LANES));
+                }
+                for at in from..count.min(from + AHEAD) {
+                    let scales = &(*room).scales[at];
+                    let x = inputs.add(at * m + chunk * TILE);
+                    let products = &raw const (*room).products[at / AHEAD % 2][at % AHEAD];
+                    let [first, second] = [0, 1].map(|half| (&raw const (*products)[half][chunk]).cast::<__m512i>());
+                    for i in 0..TILE {
+                        let dots = _mm512_load_si512(first.add(i));
+                        let dots = [dots, if F::HALVES { _mm512_load_si512(second.add(i)) } else { dots }];
+                        sums[i] = add_sub::<S, F>(sums[i], dots, &*x.add(i), scales);
+                    }
+                }
+                for i in 0..TILE {
+                    S::store(results.add(i * LANES), sums[i]);
+                }
+            }
         }
     }
 }
 
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
-    use half::{bf16, f16};
+    use half::bf16;
 
     use super::super::input::Input;
     use super::super::matrix::{Matrix, Product, multiply};
@@ -311,7 +393,7 @@ mod tests {
             let stored = candle_core::quantized::QTensor::quantize(&tensor, dtype.ggml()).unwrap();
             let matrix = Matrix::pack(&pool, dtype, &stored.data().unwrap(), n, k).unwrap();
             // Below and at the threshold, whole tiles, a rest of one and of fifteen, and more than one run of inputs.
-            for m in [7, 8, 16, 17, 31, 48, 130, 150] {
+            for m in [63, 64, 80, 81, 95, 112, 129, 150, 200] {
                 let input = input(&pool, Isa::SCALAR, dtype, m, k, &mut random);
                 let expected = product(&pool, Isa::SCALAR, &input, &matrix);
                 assert!(product(&pool, tiles, &input, &matrix) == expected, "{dtype} with {m} inputs");
@@ -330,50 +412,31 @@ mod tests {
     }
 
     #[test]
-    fn dense_tiles_give_the_bits_that_the_manual_says() {
+    fn tiles_of_bf16_give_the_bits_that_the_manual_says() {
         let Some(tiles) = Isa::with_tiles() else {
             println!("skipped: neither AMX nor AVX-512 to emulate it beside");
             return;
         };
-        let pool = Pool::new(2).unwrap();
+        let (pool, dtype) = (Pool::new(2).unwrap(), WeightType::BF16);
         let mut random = random();
-        let round = |value: f32| bf16::from_f32(value).to_f32();
-        for dtype in [WeightType::BF16, WeightType::F16] {
-            // Odd groups, odd rows, odd columns, fewer than a step has, parts, and more columns than stay in a cache.
-            for (n, k) in [(1, 1), (19, 33), (40, 64), (83, 543), (16, 4160)] {
-                let weights: Vec<f32> = (0..n * k).map(|_| random()).collect();
-                let bytes: Vec<u8> = match dtype {
-                    WeightType::F16 => weights.iter().flat_map(|&w| f16::from_f32(w).to_le_bytes()).collect(),
-                    _ => weights.iter().flat_map(|&w| bf16::from_f32(w).to_le_bytes()).collect(),
-                };
-                let matrix = Matrix::pack(&pool, dtype, &bytes, n, k).unwrap();
-                let mut row = vec![0f32; k];
-                for m in [1, 2, 15, 16, 17, 32, 33, 130] {
-                    if m * k > 100_000 && !super::is_available() {
-                        continue; // too slow in emulation
-                    }
-                    let input = input(&pool, tiles, dtype, m, k, &mut random);
-                    let found = product(&pool, tiles, &input, &matrix);
-                    for j in 0..n {
-                        matrix.widen_row(j, &mut row);
-                        // An F16 weight without its last three bits, and those.
-                        let high: Vec<f32> = row.iter().map(|w| f32::from_bits(w.to_bits() & 0xffff_0000)).collect();
-                        let low: Vec<f32> = row.iter().zip(&high).map(|(w, high)| w - high).collect();
-                        for i in 0..m {
-                            let x = &input.values()[i * k..][..k];
-                            let rounded: Vec<f32> = x.iter().map(|&x| round(x)).collect();
-                            let rest: Vec<f32> = x.iter().zip(&rounded).map(|(x, high)| round(x - high)).collect();
-                            let mut sum = 0f32;
-                            for from in (0..k).step_by(32) {
-                                let columns = from..k.min(from + 32);
-                                sum = step(sum, &rounded[columns.clone()], &high[columns.clone()]);
-                                if dtype == WeightType::F16 {
-                                    sum = step(sum, &rest[columns.clone()], &high[columns.clone()]);
-                                    sum = step(sum, &rounded[columns.clone()], &low[columns.clone()]);
-                                }
-                            }
-                            assert_eq!(f32::from_bits(found[i * n + j]), sum, "{dtype} {n} x {k}, {m} inputs: [{i},{j}]");
-                        }
+        // Odd groups, odd rows, odd columns, fewer than a step has, parts, and more columns than stay in a cache.
+        for (n, k) in [(1, 1), (19, 33), (40, 64), (83, 543), (16, 2080)] {
+            let bytes: Vec<u8> = (0..n * k).flat_map(|_| bf16::from_f32(random()).to_le_bytes()).collect();
+            let matrix = Matrix::pack(&pool, dtype, &bytes, n, k).unwrap();
+            let mut row = vec![0f32; k];
+            for m in [1, 2, 15, 16, 17, 32, 33, 270] {
+                if m * k > 100_000 && !super::is_available() {
+                    continue; // too slow in emulation
+                }
+                let input = input(&pool, tiles, dtype, m, k, &mut random);
+                let found = product(&pool, tiles, &input, &matrix);
+                for j in 0..n {
+                    matrix.widen_row(j, &mut row);
+                    for i in 0..m {
+                        let x: Vec<f32> =
+                            input.values()[i * k..][..k].iter().map(|&x| bf16::from_f32(x).to_f32()).collect();
+                        let sum = x.chunks(32).zip(row.chunks(32)).fold(0f32, |sum, (x, w)| step(sum, x, w));
+                        assert_eq!(f32::from_bits(found[i * n + j]), sum, "{n} x {k}, {m} inputs: [{i},{j}]");
                     }
                 }
             }
