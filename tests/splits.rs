@@ -171,7 +171,8 @@ async fn bf16_has_the_same_bits_in_chunks_batches_and_cuts() {
         match from.extension().and_then(|extension| extension.to_str()) {
             Some("safetensors") => {
                 let tensors = candle_core::safetensors::load(&from, &candle_core::Device::Cpu).unwrap();
-                let rounded = tensors.into_iter().map(|(name, t)| (name, t.to_dtype(candle_core::DType::BF16).unwrap()));
+                let rounded =
+                    tensors.into_iter().map(|(name, t)| (name, t.to_dtype(candle_core::DType::BF16).unwrap()));
                 candle_core::safetensors::save(&rounded.collect(), to).unwrap();
             }
             Some("json") => _ = std::fs::copy(from, to).unwrap(),
@@ -180,7 +181,9 @@ async fn bf16_has_the_same_bits_in_chunks_batches_and_cuts() {
     }
     let model = folder.path().to_str().unwrap();
     let wanted = run(&executor(model, "cpu", None).await.unwrap(), 8).await;
-    for (devices, prefill_chunk) in [("cpu", 1), ("cpu,cpu", 7), ("cpu@threads=1,cpu@threads=2", 64), ("cpu,cpu,cpu", 50)] {
+    for (devices, prefill_chunk) in
+        [("cpu", 1), ("cpu,cpu", 7), ("cpu@threads=1,cpu@threads=2", 64), ("cpu,cpu,cpu", 50)]
+    {
         let options = ExecutorOptions { prefill_chunk, ..ExecutorOptions::default() };
         let cut = executor_with(model, devices, None, options).await.unwrap();
         assert!(run(&cut, 8).await == wanted, "{devices} in chunks of {prefill_chunk}");
