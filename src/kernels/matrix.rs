@@ -549,7 +549,7 @@ unsafe fn multiply_inputs<S: Simd, F: Format, const G: usize, const I: usize>(
 /// What the dot products of 32 columns with an input, or of one half of them, begin with, so that they end lowered by the
 /// format's offset. `signed` is what the instruction adds to signed weights.
 #[inline(always)]
-pub(super) fn start<F: Format>(x: &InputBlock, half: usize, signed: i32) -> i32 {
+fn start<F: Format>(x: &InputBlock, half: usize, signed: i32) -> i32 {
     let total = if F::HALVES { x.sums[half] } else { x.sums[0].wrapping_add(x.sums[1]) };
     // An infinite input has no sum worth the name; its scale carries it to the result.
     match F::OFFSET {
@@ -589,7 +589,7 @@ pub(super) unsafe fn add_sub<S: Simd, F: Format>(
 }
 
 /// How far ahead of the columns in hand weights are asked for, in bytes.
-pub(super) const AHEAD: usize = 2048;
+const AHEAD: usize = 2048;
 
 /// The same with few inputs, when a core waits for nothing but memory: what arrives in the time that an access takes.
 const FAR_AHEAD: usize = 8192;

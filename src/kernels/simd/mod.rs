@@ -94,12 +94,15 @@ impl Isa {
     }
 
     /// Whether products use tiles.
+    #[cfg(target_arch = "x86_64")]
     pub(super) fn has_tiles(self) -> bool {
-        match self.0 {
-            #[cfg(target_arch = "x86_64")]
-            Set::Amx => true,
-            _ => false,
-        }
+        self.0 == Set::Amx
+    }
+
+    /// Only x86-64 has tiles.
+    #[cfg(not(target_arch = "x86_64"))]
+    pub(super) fn has_tiles(self) -> bool {
+        false
     }
 
     /// AMX, where it is there or can be emulated.
