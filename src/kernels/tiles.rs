@@ -1,6 +1,5 @@
 //! Products of quantised matrices with many inputs on AMX: a tile of sixteen inputs times a tile of sixteen rows, 32
-//! columns at a time. The packed vectors are what the second tile wants as they lie there, and an input's 8-bit block is
-//! a row of the first.
+//! columns at a time. Unpacked vectors are what the second tile wants, and an input's 8-bit block is a row of the first.
 //!
 //! The dot products are whole numbers, and what is made of them is the same chain of operations as everywhere, so the
 //! results have the same bits as without tiles. BF16 has tiles of its own in [`rounded`].
