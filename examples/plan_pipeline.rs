@@ -5,8 +5,8 @@
 //! ```
 //!
 //! What one does not have can be planned for: `--slow 1=3` makes the second device three times slower, `--link 5` gives
-//! every link a latency of 5 ms. `--verify 3` then tries every cut in three rounds, slowed in the same way, takes the
-//! fastest of each, and says how far the predictions and the planned cut are from what it finds:
+//! every link a latency of 5 ms. `--verify 3` then tries every cut in three rounds, slowed in the same way, each time after
+//! measuring anew, and says how far the medians of the predictions and the planned cut are from what it finds:
 //!
 //! ```text
 //! cargo run --release --example plan_pipeline -- --devices cpu@threads=1,cpu@threads=1 --context 64 \
@@ -25,8 +25,8 @@ use candle_pipeline::backend::{MicroBatch, SequenceId, StageBackend, StageBytes,
 use candle_pipeline::instrument::{HiddenRow, Watch};
 use candle_pipeline::pipeline::plan::{Placement, Problem};
 use candle_pipeline::{
-    DeviceSpec, ExecutorOptions, GenerationOptions, HeterogeneousPipeline, HeterogeneousPipelineExecutor, Objective,
-    PipelineOptions, Split,
+    DeviceSpec, ExecutorOptions, GenerationOptions, HeterogeneousPipeline, HeterogeneousPipelineExecutor,
+    MeasuredSplit, Objective, PipelineOptions, Split,
 };
 use clap::Parser;
 use common::Flags;
@@ -54,22 +54,26 @@ async fn run() -> Result<()> {
     let flags = &arguments.flags;
     let devices = DeviceSpec::parse_list(&flags.devices)?;
     let slow = slow_factors(&arguments.slow, devices.len())?;
-    let (model, options, measured) = (flags.model.clone(), flags.pipeline()?, flags.measured());
-    let (objective, specs) = (measured.objective, devices.clone());
+    let problem = measure(flags, &devices, &slow, flags.measured()).await?;
+    let plan = problem.plan(flags.objective)?;
+    print!("{plan}");
+    if arguments.verify > 0 {
+        let planned: Vec<Placement> = plan.stages.iter().map(|stage| stage.placement.clone()).collect();
+        verify(&arguments, problem, &devices, &slow, &planned).await?;
+    }
+    Ok(())
+}
+
+async fn measure(flags: &Flags, devices: &[DeviceSpec], slow: &[f64], measured: MeasuredSplit) -> Result<Problem> {
+    let (model, options, specs) = (flags.model.clone(), flags.pipeline()?, devices.to_vec());
     // Measuring computes for seconds, which must not hold up the runtime.
     let measuring =
         tokio::task::spawn_blocking(move || HeterogeneousPipeline::measure(&specs, &model, options, &measured));
     let mut problem = measuring.await??;
-    for (device, factor) in problem.devices.iter_mut().zip(&slow) {
+    for (device, factor) in problem.devices.iter_mut().zip(slow) {
         device.cost = std::mem::take(&mut device.cost).slowed(*factor);
     }
-    let plan = problem.plan(objective)?;
-    print!("{plan}");
-    if arguments.verify > 0 {
-        let planned: Vec<Placement> = plan.stages.iter().map(|stage| stage.placement.clone()).collect();
-        verify(&arguments, &problem, &devices, &slow, &planned).await?;
-    }
-    Ok(())
+    Ok(problem)
 }
 
 fn slow_factors(slow: &[String], devices: usize) -> Result<Vec<f64>> {
@@ -87,36 +91,46 @@ fn slow_factors(slow: &[String], devices: usize) -> Result<Vec<f64>> {
     Ok(factors)
 }
 
-/// Tries every cut in rounds, so that a change of the machine's speed meets all of them.
+/// Tries every cut in rounds, so that a change of the machine's speed meets all of them, and the predictions too: before
+/// each round but the first, for which there is `problem`, costs are measured again.
 async fn verify(
     arguments: &Arguments,
-    problem: &Problem,
+    problem: Problem,
     devices: &[DeviceSpec],
     slow: &[f64],
     planned: &[Placement],
 ) -> Result<()> {
     let flags = &arguments.flags;
     let cuts = all_cuts(devices.len(), problem.weights.layers.len());
+    let mut predicted = vec![Vec::new(); cuts.len()];
     let mut measured = vec![Vec::new(); cuts.len()];
+    let mut problem = problem;
     let bar = indicatif::ProgressBar::new((arguments.verify * cuts.len()) as u64);
-    for _ in 0..arguments.verify {
-        for (cut, seconds) in cuts.iter().zip(&mut measured) {
-            seconds.push(seconds_of_a_round(flags, problem, devices, slow, cut).await?);
+    for round in 0..arguments.verify {
+        if round > 0 {
+            let again = MeasuredSplit { cache: None, remeasure: true, ..flags.measured() };
+            problem = measure(flags, devices, slow, again).await?;
+        }
+        for ((cut, predicted), measured) in cuts.iter().zip(&mut predicted).zip(&mut measured) {
+            let prediction = problem.predict(cut);
+            predicted.push(match flags.objective {
+                Objective::Latency => prediction.one.seconds(),
+                Objective::Throughput => prediction.all.seconds(),
+            });
+            measured.push(seconds_of_a_round(flags, &problem, devices, slow, cut).await?);
             bar.inc(1);
         }
     }
     bar.finish_and_clear();
-    // Whatever else runs on the machine makes a round longer and never shorter.
-    let fastest = |seconds: &Vec<f64>| seconds.iter().copied().fold(f64::INFINITY, f64::min);
-    let measured: Vec<f64> = measured.iter().map(fastest).collect();
+    let median = |seconds: &mut Vec<f64>| {
+        seconds.sort_by(f64::total_cmp);
+        seconds[seconds.len() / 2]
+    };
+    let predicted: Vec<f64> = predicted.iter_mut().map(median).collect();
+    let measured: Vec<f64> = measured.iter_mut().map(median).collect();
     println!("{:<48}  {:>10}  {:>10}  {:>7}", "cut", "predicted", "measured", "off");
     let mut worst: f64 = 0.0;
-    for (cut, &seconds) in cuts.iter().zip(&measured) {
-        let prediction = problem.predict(cut);
-        let predicted = match flags.objective {
-            Objective::Latency => prediction.one.seconds(),
-            Objective::Throughput => prediction.all.seconds(),
-        };
+    for ((cut, &predicted), &seconds) in cuts.iter().zip(&predicted).zip(&measured) {
         let off = predicted / seconds - 1.0;
         worst = worst.max(off.abs());
         let (name, off) = (name(cut, devices), off * 100.0);

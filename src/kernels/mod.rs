@@ -31,7 +31,20 @@ pub mod attention;
 
 use half::{bf16, f16};
 
+use self::pool::Pool;
 use crate::weights::WeightType;
+
+/// Multiplications of BF16 a second that the AMX tiles of all threads of a pool reach together, with nothing loaded or
+/// stored: what no product can exceed. Measured now, within a second; `None` where there is no AMX.
+pub fn tile_rate(pool: &Pool) -> Option<f64> {
+    #[cfg(target_arch = "x86_64")]
+    return tiles::rounded::rate(pool);
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = pool;
+        None
+    }
+}
 
 /// Widens whole blocks of a stored type. `None` when the bytes are none.
 pub fn dequantise(dtype: WeightType, bytes: &[u8]) -> Option<Vec<f32>> {
@@ -50,7 +63,7 @@ pub fn dequantise_rows(dtype: WeightType, bytes: &[u8], rows: usize) -> Option<V
         WeightType::F16 => two.iter().map(|&bytes| f16::from_le_bytes(bytes).to_f32()).collect(),
         WeightType::BF16 => two.iter().map(|&bytes| bf16::from_le_bytes(bytes).to_f32()).collect(),
         _ => {
-            let alone = pool::Pool::new(1).ok()?;
+            let alone = Pool::new(1).ok()?;
             let matrix = matrix::Matrix::pack(&alone, dtype, bytes, rows, values / rows)?;
             let mut wide = vec![0f32; values];
             for (row, wide) in wide.chunks_exact_mut(values / rows).enumerate() {

@@ -538,12 +538,12 @@ fn scale(layers: &mut [StepSeconds], run: &Range<usize>, sum: f64, of: impl Fn(&
     }
 }
 
-/// The lower quartile of several runs, after one that is not counted, for it compiles kernels and touches memory. What
-/// else runs on the machine makes a run longer and never shorter, so the faster half tells more than the slower.
+/// The median of several runs, after one that is not counted, for it compiles kernels and touches memory. Not the fastest
+/// ones: a machine that others share is slower for seconds at a time, and so it will be when the plan is used.
 fn typical(mut seconds: impl FnMut() -> Result<f64>) -> Result<f64> {
     const FEWEST: usize = 5;
     const MOST: usize = 40;
-    const ENOUGH_SECONDS: f64 = 0.15;
+    const ENOUGH_SECONDS: f64 = 0.3;
     seconds()?;
     let (mut runs, mut total) = (Vec::with_capacity(MOST), 0.0);
     while runs.len() < FEWEST || (runs.len() < MOST && total < ENOUGH_SECONDS) {
@@ -552,7 +552,7 @@ fn typical(mut seconds: impl FnMut() -> Result<f64>) -> Result<f64> {
         total += run;
     }
     runs.sort_by(f64::total_cmp);
-    Ok(runs[runs.len() / 4])
+    Ok(runs[runs.len() / 2])
 }
 
 /// Seconds until a thread that waits for a message has it.

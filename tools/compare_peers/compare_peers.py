@@ -323,8 +323,9 @@ def wait_until_quiet(limit):
 
 
 def programs_of(args, paths, llama_folders, shape, dtype, gguf):
+    isa = ["--isa", args.isa] if args.isa else []
     programs = [CasesProgram(OURS, [paths["bench_batch"], "--model", gguf, "--devices", f"cpu@threads={args.threads}",
-                                    "--output-format", "none"])]
+                                    "--output-format", "none", *isa])]
     programs += [LlamaProgram(name, folder, gguf, args.threads) for name, folder in llama_folders.items()]
     env = {"RAYON_NUM_THREADS": str(args.threads), "CANDLE_NUM_THREADS": str(args.threads)}
     if "candle" not in args.skip:
@@ -341,6 +342,7 @@ def measure_model(args, paths, llama_folders, measures, shape, dtype, results):
     read_through(gguf)
     programs = programs_of(args, paths, llama_folders, shape, dtype, gguf)
     result = {"shape": shape, "type": dtype, "file_bytes": gguf.stat().st_size, "bandwidth_gb_per_second": [],
+              "tile_g_multiplications_per_second": [],
               "programs": [program.name for program in programs],
               "rates": {m.name: {program.name: [] for program in programs} for m in measures},
               "failures": {}, "cores": {program.name: [] for program in programs}}
@@ -349,6 +351,9 @@ def measure_model(args, paths, llama_folders, measures, shape, dtype, results):
         bandwidth = json.loads(run([paths["read_bandwidth"], "--json", "--threads", args.threads, "--model", gguf]))
         result["bandwidth_gb_per_second"].append(bandwidth["median_gb_per_second"])
         (result["bytes_per_token"],) = bandwidth["bytes_per_token"].values()
+        (result["multiplications_per_prompt_token"],) = bandwidth["multiplications_per_prompt_token"].values()
+        if tiles := bandwidth["median_tile_g_multiplications_per_second"]:
+            result["tile_g_multiplications_per_second"].append(tiles)
         for program in programs:
             if program.name in result["failures"]:
                 continue
@@ -404,6 +409,7 @@ def machine_and_versions(args, cpu, source, llama_folders):
         "llama": package,
         "generate": args.generate,
         "depth": args.depth,
+        "isa": args.isa,
     }
 
 
@@ -417,6 +423,10 @@ def summarise(result):
     if bandwidth:
         result["bandwidth"] = spread(bandwidth)
         result["bound_tokens_per_second"] = result["bandwidth"]["median"] * 1e9 / result["bytes_per_token"]
+    tiles = result["tile_g_multiplications_per_second"]
+    if tiles:
+        result["tile_bound_tokens_per_second"] = \
+            statistics.median(tiles) * 1e9 / result["multiplications_per_prompt_token"]
     result["summary"] = {}
     for name, by_program in result["rates"].items():
         rows = {program: spread(values) for program, values in by_program.items() if values}
@@ -425,6 +435,8 @@ def summarise(result):
             row["ratio"] = ours["median"] / row["median"] if ours else None
             if name in ("decode", "deep", "batch1") and bandwidth:
                 row["of_bound"] = row["median"] / result["bound_tokens_per_second"]
+            elif name.startswith("prefill") and tiles:
+                row["of_bound"] = row["median"] / result["tile_bound_tokens_per_second"]
         result["summary"][name] = rows
 
 
@@ -436,7 +448,7 @@ def markdown(report):
         "",
         f"candle-pipeline {machine['commit'][:12] or 'of no commit'}{' with changes' if machine['changed'] else ''}, "
         f"{machine['rustc']}; llama.cpp of {machine['llama'] or 'none'}, {machine['c_compiler'] or ''}; "
-        f"{machine['date']}, {machine['rounds']} rounds. Tokens a second; ratio: {OURS} over the program, by medians.",
+        f"{machine['date']}, {machine['rounds']} rounds{', --isa ' + machine['isa'] if machine['isa'] else ''}. Tokens a second; ratio: {OURS} over the program, by medians.",
     ]
     for result in report["models"]:
         heading = f"{result['shape']} {result['type']}"
@@ -446,6 +458,11 @@ def markdown(report):
             lines += [f"File {result['file_bytes'] / 1e6:.0f} MB, {result['bytes_per_token'] / 1e6:.0f} MB read a token; "
                       f"memory is read at {bandwidth['median']:.1f} GB/s ({bandwidth['min']:.1f} to "
                       f"{bandwidth['max']:.1f}), which allows {result['bound_tokens_per_second']:.1f} tokens/s.", ""]
+        if "tile_bound_tokens_per_second" in result:
+            tiles = result["tile_g_multiplications_per_second"]
+            lines[-1:] = [f"AMX does {statistics.median(tiles):.0f} G multiplications of BF16 a second ({min(tiles):.0f} to "
+                          f"{max(tiles):.0f}), which allows {result['tile_bound_tokens_per_second']:.0f} prompt tokens/s.",
+                          ""]
         disturbed = {
             program: max((c["others"] + c["stolen"] for c in cores if c), default=0.0)
             for program, cores in result["cores"].items()
@@ -486,6 +503,7 @@ def arguments():
                          help="decode, deep (decode after --depth tokens), batch (decode of several sequences), prefillN")
     measure.add_argument("--rounds", type=positive, default=5, help="times that each program takes its turn")
     measure.add_argument("--threads", type=positive, default=2, help="threads of each program")
+    measure.add_argument("--isa", help="instruction set of candle-pipeline: avx2, avx512 or amx (default: the best)")
     measure.add_argument("--skip", type=names, default="", help="candle, candle-dense, llama, llama-avx512, llama-avx2")
     measure.add_argument("--generate", type=positive, default=48, help="tokens of `decode`")
     measure.add_argument("--depth", type=positive, default=2000, help="context of `deep`")

@@ -1,5 +1,7 @@
 //! How fast memory can be read, as `device::read_bandwidth` measures it: threads that each sum a part of a large buffer.
 //! No program that reads all its weights for each token can decode faster than this rate over the bytes of those weights.
+//! And how fast AMX multiplies, where there is AMX: no program that uses it can be faster with prompts than this rate over
+//! the weights that each token is multiplied with.
 //!
 //! ```text
 //! cargo run --release --example read_bandwidth -- --threads 2 --model /tmp/tinyllama.gguf
@@ -11,6 +13,7 @@ use anyhow::{Context, Result, ensure};
 use candle_core::quantized::gguf_file::Content;
 use candle_pipeline::device::cpu_read_rates;
 use candle_pipeline::kernels::pool::Pool;
+use candle_pipeline::kernels::tile_rate;
 use clap::Parser;
 
 #[derive(Parser)]
@@ -24,7 +27,8 @@ struct Arguments {
     /// Times that the buffer is read.
     #[arg(long, default_value_t = 5)]
     passes: usize,
-    /// GGUF files: the bytes that a decode step must read of each are printed too.
+    /// GGUF files: the bytes that a decode step must read of each, and the weights that a prompt's token is multiplied with,
+    /// are printed too.
     #[arg(long)]
     model: Vec<PathBuf>,
     /// Print one JSON object.
@@ -42,31 +46,50 @@ fn main() -> Result<()> {
     rates.sort_by(f64::total_cmp);
     let (median, best) = (rates[passes / 2], rates[passes - 1]);
 
-    let weights: Vec<u64> = arguments.model.iter().map(|path| bytes_per_token(path)).collect::<Result<_>>()?;
+    let tiles = tile_rate(&pool).map(|rate| rate / 1e9);
+
+    let work: Vec<Work> = arguments.model.iter().map(|path| work_per_token(path)).collect::<Result<_>>()?;
     if arguments.json {
-        let models = arguments.model.iter().zip(&weights);
-        let models: serde_json::Map<_, _> =
-            models.map(|(path, &bytes)| (path.display().to_string(), bytes.into())).collect();
+        let of_models = |of: &dyn Fn(&Work) -> u64| -> serde_json::Map<_, _> {
+            let models = arguments.model.iter().zip(&work);
+            models.map(|(path, work)| (path.display().to_string(), of(work).into())).collect()
+        };
         let output = serde_json::json!({
             "threads": threads,
             "bytes": bytes,
             "median_gb_per_second": median,
             "best_gb_per_second": best,
-            "bytes_per_token": models,
+            "median_tile_g_multiplications_per_second": tiles,
+            "bytes_per_token": of_models(&|work| work.bytes),
+            "multiplications_per_prompt_token": of_models(&|work| work.multiplications),
         });
         println!("{output}");
         return Ok(());
     }
     println!("{threads} threads read {median:.1} GB/s (median of {passes} passes, best {best:.1})");
-    for (path, bytes) in arguments.model.iter().zip(weights) {
+    if let Some(tiles) = tiles {
+        println!("their AMX tiles do {tiles:.0} G multiplications of BF16 a second");
+    }
+    for (path, Work { bytes, multiplications }) in arguments.model.iter().zip(work) {
         let bound = median * 1e9 / bytes as f64;
-        println!("{}: {:.0} MB a token, at most {bound:.1} tokens/s", path.display(), bytes as f64 / 1e6);
+        print!("{}: {:.0} MB a token, at most {bound:.1} tokens/s", path.display(), bytes as f64 / 1e6);
+        match tiles.map(|tiles| tiles * 1e9 / multiplications as f64) {
+            Some(bound) => println!("; with AMX {bound:.0} of a prompt"),
+            None => println!(),
+        }
     }
     Ok(())
 }
 
-/// Bytes of all tensors but the embeddings, of which a step reads one row; unless they are the head too.
-fn bytes_per_token(path: &Path) -> Result<u64> {
+/// What a token takes.
+struct Work {
+    /// Of all tensors but the embeddings, of which a step reads one row; unless they are the head too.
+    bytes: u64,
+    /// Weights of the layers' matrices. Of a prompt only the last token goes through the head.
+    multiplications: u64,
+}
+
+fn work_per_token(path: &Path) -> Result<Work> {
     let read = || -> Result<Content> { Ok(Content::read(&mut std::io::BufReader::new(std::fs::File::open(path)?))?) };
     let content = read().with_context(|| path.display().to_string())?;
     let tied = !content.tensor_infos.contains_key("output.weight");
@@ -75,5 +98,8 @@ fn bytes_per_token(path: &Path) -> Result<u64> {
         let blocks = tensor.shape.elem_count() / tensor.ggml_dtype.block_size();
         (blocks * tensor.ggml_dtype.type_size()) as u64
     });
-    Ok(bytes.sum())
+    let matrices =
+        content.tensor_infos.iter().filter(|(name, tensor)| name.starts_with("blk.") && tensor.shape.rank() == 2);
+    let multiplications = matrices.map(|(_, tensor)| tensor.shape.elem_count() as u64).sum();
+    Ok(Work { bytes: bytes.sum(), multiplications })
 }

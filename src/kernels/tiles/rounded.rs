@@ -13,11 +13,13 @@ use std::arch::x86_64::{_mm512_store_ps, _mm512_stream_ps};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::ptr::null;
+use std::time::Instant;
 
 use super::super::formats::VECTOR;
 use super::super::input::{TILE, TileRow, TileRows};
+use super::super::pool::Pool;
 use super::super::simd::LANES;
-use super::{Config, release};
+use super::{Config, is_available, release};
 
 /// Columns of a step.
 const COLUMNS: usize = 32;
@@ -99,6 +101,47 @@ pub unsafe fn run(product: &Rounded) {
         // Results that bypass the caches are not behind what tells other threads that they are there.
         _mm_sfence();
     }
+}
+
+/// Multiplications a second that tiles of all threads of a pool reach together, with nothing loaded or stored: the
+/// median of many times, each a few milliseconds. `None` without tiles.
+pub fn rate(pool: &Pool) -> Option<f64> {
+    const TIMES: usize = 101;
+    const REPETITIONS: usize = 1 << 15;
+    const AT_ONCE: usize = 4;
+    let multiply = || {
+        // SAFETY: the CPU has tiles, and what is configured is a valid palette. Nothing but registers is changed.
+        unsafe {
+            Config::new([(TILE, VECTOR); 8]).load();
+            asm!(
+                "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+                "tilezero tmm4", "tilezero tmm5", "tilezero tmm6", "tilezero tmm7",
+                "2:",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "sub {left}, 1",
+                "jnz 2b",
+                left = inout(reg) REPETITIONS => _,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack, nomem)
+            );
+            release();
+        }
+    };
+    let multiplications = (REPETITIONS * AT_ONCE * TILE * LANES * COLUMNS * pool.threads()) as f64;
+    let time = |_| {
+        let began = Instant::now();
+        pool.run(&|_| multiply());
+        multiplications / began.elapsed().as_secs_f64()
+    };
+    is_available().then(|| {
+        let mut rates: Vec<f64> = (0..TIMES).map(time).collect();
+        rates.sort_by(f64::total_cmp);
+        rates[TIMES / 2]
+    })
 }
 
 /// A part of a product: two groups, or the last one, with some inputs and steps.
