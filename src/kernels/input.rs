@@ -41,12 +41,32 @@ pub const BEHIND: usize = 4 * TILE;
 #[repr(C, align(64))]
 pub struct TileRow(pub [bf16; BLOCK]);
 
+/// How rows are cut up for tiles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cut {
+    /// Values are rounded to the nearest BF16.
+    Rounded,
+    /// Values are the sum of two BF16, see [`halves`].
+    Halved,
+}
+
+impl Cut {
+    /// Tiles that a tile's values take.
+    pub fn parts(self) -> usize {
+        match self {
+            Cut::Rounded => 1,
+            Cut::Halved => 2,
+        }
+    }
+}
+
 /// Rows cut up for tiles, see [`Input::tiles`].
 #[derive(Clone, Copy)]
 pub struct TileRows<'a> {
     lines: &'a [TileRow],
     rows: usize,
     steps: usize,
+    cut: Cut,
 }
 
 impl TileRows<'_> {
@@ -60,10 +80,16 @@ impl TileRows<'_> {
         if self.chunks() > 2 { TILE } else { TILE.min(self.rows - TILE * chunk) }
     }
 
-    /// The first row of a tile's columns from `32 * step` on. The other rows lie behind it, then those of the next step.
+    /// The first row of a tile's columns from `32 * step` on. The other rows lie behind it, then those of the next part or
+    /// step.
     pub fn tile(&self, chunk: usize, step: usize) -> *const TileRow {
         assert!(chunk < self.chunks() && step < self.steps, "no such tile");
-        self.lines[TILE * chunk * self.steps + step * self.rows_of(chunk)..].as_ptr()
+        self.lines[self.cut.parts() * (TILE * chunk * self.steps + step * self.rows_of(chunk))..].as_ptr()
+    }
+
+    /// How they are cut.
+    pub fn cut(&self) -> Cut {
+        self.cut
     }
 }
 
@@ -77,14 +103,23 @@ pub struct Input {
     quantised: bool,
     pairs: Vec<[bf16; 2]>, // (rows, columns / 2, rounded up)
     rounded: bool,
-    tiles: Vec<TileRow>, // (chunks, columns / BLOCK rounded up, rows of the chunk)
-    cut: bool,
+    tiles: [Tiles; 2], // by `Cut`
+    halves: Vec<f32>,  // (2, columns)
+    halved: bool,
+}
+
+/// Rows cut up.
+#[derive(Default)]
+struct Tiles {
+    lines: Vec<TileRow>, // (chunks, columns / BLOCK rounded up, parts, rows of the chunk)
+    made: bool,
 }
 
 impl Input {
     /// Makes room for `rows` rows of `columns` values and lends them for writing; what was in them is unspecified.
     pub fn reset(&mut self, rows: usize, columns: usize) -> &mut [f32] {
-        (self.rows, self.columns, self.quantised, self.rounded, self.cut) = (rows, columns, false, false, false);
+        (self.rows, self.columns, self.quantised, self.rounded, self.halved) = (rows, columns, false, false, false);
+        self.tiles.iter_mut().for_each(|tiles| tiles.made = false);
         if self.values.len() < rows * columns {
             self.values.resize(rows * columns, 0.0);
         }
@@ -93,9 +128,11 @@ impl Input {
 
     /// Bytes that it keeps.
     pub fn bytes(&self) -> u64 {
-        let values = self.values.capacity() * size_of::<f32>() + self.pairs.capacity() * size_of::<[bf16; 2]>();
-        let lines = self.blocks.capacity() * size_of::<InputBlock>() + self.tiles.capacity() * size_of::<TileRow>();
-        (values + lines) as u64
+        let values = (self.values.capacity() + self.halves.capacity()) * size_of::<f32>();
+        let pairs = self.pairs.capacity() * size_of::<[bf16; 2]>();
+        let tiles: usize = self.tiles.iter().map(|tiles| tiles.lines.capacity()).sum();
+        let lines = self.blocks.capacity() * size_of::<InputBlock>() + tiles * size_of::<TileRow>();
+        (values + pairs + lines) as u64
     }
 
     /// Number of rows.
@@ -186,22 +223,25 @@ impl Input {
     }
 
     /// The rows in BF16 by sixteen, for tiles. `None` until they have been made.
-    pub fn tiles(&self) -> Option<TileRows<'_>> {
+    pub fn tiles(&self, cut: Cut) -> Option<TileRows<'_>> {
         let (rows, steps) = (self.rows, self.columns.div_ceil(BLOCK));
-        (self.cut && rows > 0).then_some(TileRows { lines: &self.tiles, rows, steps })
+        let Tiles { lines, made } = &self.tiles[cut as usize];
+        (*made && rows > 0).then_some(TileRows { lines, rows, steps, cut })
     }
 
-    /// Makes the tiles: each value is rounded to the nearest, ties to even.
-    pub fn cut(&mut self, pool: &Pool, isa: Isa) {
+    /// Makes the tiles.
+    pub fn cut(&mut self, pool: &Pool, isa: Isa, cut: Cut) {
         let (rows, columns) = (self.rows, self.columns);
         let steps = columns.div_ceil(BLOCK);
         let chunks = rows.div_ceil(TILE);
         let padded = if chunks > 2 { chunks * TILE } else { rows };
-        if self.tiles.len() < padded * steps {
-            self.tiles.resize(padded * steps, TileRow::default());
+        let Tiles { lines, made } = &mut self.tiles[cut as usize];
+        if lines.len() < cut.parts() * padded * steps {
+            lines.resize(cut.parts() * padded * steps, TileRow::default());
         }
+        *made = true;
         let values = &self.values;
-        let lines = Lines(self.tiles.as_mut_ptr());
+        let lines = Lines(lines.as_mut_ptr());
         let row = |row: usize| {
             let lines = &lines;
             let (chunk, of_chunk) = (row / TILE, if chunks > 2 { TILE } else { TILE.min(rows - row / TILE * TILE) });
@@ -215,9 +255,18 @@ impl Input {
                             None => x[..from.len()].copy_from_slice(from),
                         }
                     }
-                    let line = TILE * chunk * steps + step * of_chunk + row % TILE;
-                    // SAFETY: there are lines for `padded` rows, and each row has its own.
-                    unsafe { lines.0.add(line).write(TileRow(x.map(to_bf16))) };
+                    let line = cut.parts() * (TILE * chunk * steps + step * of_chunk) + row % TILE;
+                    // SAFETY: there are lines for the parts of `padded` rows, and each row has its own.
+                    unsafe {
+                        match cut {
+                            Cut::Rounded => lines.0.add(line).write(TileRow(x.map(to_bf16))),
+                            Cut::Halved => {
+                                let halves = x.map(halves);
+                                lines.0.add(line).write(TileRow(halves.map(|[high, _]| to_bf16(high))));
+                                lines.0.add(line + of_chunk).write(TileRow(halves.map(|[_, low]| to_bf16(low))));
+                            }
+                        }
+                    }
                 }
             });
         };
@@ -225,8 +274,42 @@ impl Input {
             true => (0..padded).for_each(row),
             false => pool.for_each(padded, row),
         }
-        self.cut = true;
     }
+
+    /// The [`halves`] of the values of a single row: (2, columns). Empty until they have been made.
+    pub fn halves(&self) -> &[f32] {
+        let count = if self.halved { 2 * self.columns } else { 0 };
+        &self.halves[..count]
+    }
+
+    /// Makes the halves of the first row.
+    pub fn halve(&mut self, isa: Isa) {
+        let columns = self.columns;
+        if self.halves.len() < 2 * columns {
+            self.halves.resize(2 * columns, 0.0);
+        }
+        let (values, (highs, lows)) = (&self.values[..columns], self.halves[..2 * columns].split_at_mut(columns));
+        isa.compile(|| {
+            for ((value, high), low) in values.iter().zip(highs).zip(lows) {
+                [*high, *low] = halves(*value);
+            }
+        });
+        self.halved = true;
+    }
+}
+
+/// Two numbers of eight bits each that are the value up to a part of 2^-17 of it: the nearest one and the nearest to the
+/// rest. Parts that are tiny are zero, so that no product with a weight of F16 is a subnormal number, which tiles take for
+/// zero. Lost values have no second part.
+#[inline(always)]
+pub fn halves(value: f32) -> [f32; 2] {
+    // F16 are multiples of 2^-24 and these of 2^-102, so products and sums are multiples of the smallest normal number.
+    const TINY: f32 = f32::from_bits((127 - 95) << 23);
+    let nearest = |value: f32| f32::from_bits(value.to_bits().wrapping_add(0x8000) & 0xffff_0000);
+    let kept = |part: f32| if part.abs() >= TINY { part } else { 0.0 };
+    let high = if value.is_finite() { kept(nearest(value)) } else { value };
+    // Of what is infinite or none the rest is none, which is not kept.
+    [high, kept(nearest(value - high))]
 }
 
 /// Without a branch, so that the compiler makes vectors of it.

@@ -12,7 +12,7 @@ use half::{bf16, f16};
 use self::dense::{Dense, Rounded};
 use super::buffer::Buffer;
 use super::formats::{Format, Offset, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, SUB, Scales, VECTOR};
-use super::input::{Input, InputBlock};
+use super::input::{Cut, Input, InputBlock};
 use super::pool::Pool;
 use super::simd::{Isa, Kernel, LANES, Simd};
 #[cfg(target_arch = "x86_64")]
@@ -174,9 +174,13 @@ fn needs_pairs(dtype: WeightType, isa: Isa) -> bool {
     dtype == WeightType::BF16 && !isa.has_tiles()
 }
 
-/// Whether they read its tiles, see [`Input::cut`].
-fn needs_tiles(dtype: WeightType, isa: Isa) -> bool {
-    dtype == WeightType::BF16 && isa.has_tiles()
+/// How the tiles that they read are cut, see [`Input::cut`]; instead of one in two parts [`Input::halves`] are read.
+fn needs_tiles(dtype: WeightType, isa: Isa) -> Option<Cut> {
+    match dtype {
+        WeightType::BF16 => Some(Cut::Rounded).filter(|_| isa.has_tiles()),
+        WeightType::F16 => Some(Cut::Halved).filter(|_| isa.has_tiles()),
+        _ => None,
+    }
 }
 
 impl Input {
@@ -188,8 +192,13 @@ impl Input {
         if dtypes.clone().any(|dtype| needs_pairs(dtype, isa)) {
             self.round(pool, isa);
         }
-        if dtypes.clone().any(|dtype| needs_tiles(dtype, isa)) {
-            self.cut(pool, isa);
+        for cut in [Cut::Rounded, Cut::Halved] {
+            if dtypes.clone().any(|dtype| needs_tiles(dtype, isa) == Some(cut)) {
+                match cut == Cut::Halved && self.rows() == 1 {
+                    true => self.halve(isa),
+                    false => self.cut(pool, isa, cut),
+                }
+            }
         }
     }
 }
@@ -207,8 +216,11 @@ pub fn multiply(pool: &Pool, isa: Isa, input: &Input, products: &mut [Product]) 
             !needs_pairs(product.matrix.dtype, isa) || pairs == k.div_ceil(2) * m,
             "the input has not been rounded"
         );
-        let cut = m == 0 || input.tiles().is_some();
-        assert!(!needs_tiles(product.matrix.dtype, isa) || cut, "the input has not been cut");
+        let is_cut = |cut| match cut == Cut::Halved && m == 1 {
+            true => input.halves().len() == 2 * k,
+            false => input.tiles(cut).is_some(),
+        };
+        assert!(m == 0 || needs_tiles(product.matrix.dtype, isa).is_none_or(is_cut), "the input has not been cut");
     }
     // A task is a run of groups of one matrix. Four at a time, which is how dense ones are multiplied.
     let work: usize = products.iter().map(|p| p.matrix.n * p.matrix.k).sum();
@@ -279,11 +291,19 @@ impl Task<'_> {
             }
         }, dense => {
             #[cfg(target_arch = "x86_64")]
-            if needs_tiles(*dtype, self.isa) && let Some(inputs) = self.input.tiles() {
-                let (out, first, count) = (self.out, self.first, self.count);
-                let product = tiles::rounded::Rounded { weights, inputs, m, out, first, count, n: *n, k: *k };
-                // SAFETY: the CPU has tiles; else as below.
-                return unsafe { tiles::rounded::run(&product) };
+            if let Some(cut) = needs_tiles(*dtype, self.isa) {
+                let (out, first, count, n, k) = (self.out, self.first, self.count, *n, *k);
+                if cut == Cut::Halved && m == 1 {
+                    let halves = self.input.halves();
+                    let product = tiles::rounded::Alone { weights, halves, out, first, count, n, k };
+                    // SAFETY: the CPU has AVX-512; else as below.
+                    return unsafe { product.run() };
+                }
+                if let Some(inputs) = self.input.tiles(cut) {
+                    let product = tiles::rounded::Rounded { weights, inputs, m, out, first, count, n, k };
+                    // SAFETY: the CPU has tiles; else as below.
+                    return unsafe { tiles::rounded::run(&product) };
+                }
             }
             let kernel = Dense {
                 dtype: *dtype,
@@ -623,9 +643,7 @@ mod tests {
             input.quantise(pool, isa);
         }
         input.round(pool, isa);
-        if isa.has_tiles() {
-            input.cut(pool, isa);
-        }
+        input.prepare(pool, isa, WeightType::ALL.into_iter().filter(|dtype| dtype.is_dense()));
         input
     }
 
@@ -693,8 +711,13 @@ mod tests {
                                     size += (x * w as f64).abs();
                                 }
                                 let found = out[i * n + j] as f64;
+                                let part = match needs_tiles(dtype, isa) {
+                                    // What is cut off an input, and the product that is left out.
+                                    Some(Cut::Halved) => 2f64.powi(-17) + 2f64.powi(-16),
+                                    _ => 3e-6,
+                                };
                                 assert!(
-                                    (found - want).abs() <= 3e-6 * size + 1e-6,
+                                    (found - want).abs() <= part * size + 1e-6,
                                     "{dtype} {isa} m={m} n={n} k={k} [{i},{j}]: {found} for {want}"
                                 );
                             }
@@ -718,8 +741,8 @@ mod tests {
                 let everywhere = together(Isa::SCALAR);
                 for isa in Isa::available() {
                     let all = inputs(m, k, &three, isa);
-                    // Tiles add BF16 up in another order, but alone and in a batch in the same.
-                    let together = if needs_tiles(dtype, isa) { together(isa) } else { everywhere.clone() };
+                    // Tiles add BF16 and F16 up in another order, but alone and in a batch in the same.
+                    let together = if needs_tiles(dtype, isa).is_some() { together(isa) } else { everywhere.clone() };
                     for &i in some {
                         let mut alone = Input::default();
                         alone.reset(1, k).copy_from_slice(&all.values()[i * k..][..k]);

@@ -347,9 +347,9 @@ unsafe fn multiply<F: Format, const C: usize>(turn: Turn, room: *mut Room) {
 
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
-    use half::bf16;
+    use half::{bf16, f16};
 
-    use super::super::input::Input;
+    use super::super::input::{Input, halves};
     use super::super::matrix::{Matrix, Product, multiply};
     use super::super::pool::Pool;
     use super::super::simd::Isa;
@@ -411,34 +411,69 @@ mod tests {
     }
 
     #[test]
-    fn tiles_of_bf16_give_the_bits_that_the_manual_says() {
+    fn tiles_of_bf16_and_f16_give_the_bits_that_the_manual_says() {
         let Some(tiles) = Isa::with_tiles() else {
             println!("skipped: neither AMX nor AVX-512 to emulate it beside");
             return;
         };
-        let (pool, dtype) = (Pool::new(2).unwrap(), WeightType::BF16);
+        let pool = Pool::new(2).unwrap();
         let mut random = random();
-        // Odd groups, odd rows, odd columns, fewer than a step has, parts, and more columns than stay in a cache.
-        for (n, k) in [(1, 1), (19, 33), (40, 64), (83, 543), (16, 2080)] {
-            let bytes: Vec<u8> = (0..n * k).flat_map(|_| bf16::from_f32(random()).to_le_bytes()).collect();
-            let matrix = Matrix::pack(&pool, dtype, &bytes, n, k).unwrap();
-            let mut row = vec![0f32; k];
-            for m in [1, 2, 15, 16, 17, 32, 33, 270] {
-                if m * k > 100_000 && !super::is_available() {
-                    continue; // too slow in emulation
+        for dtype in [WeightType::BF16, WeightType::F16] {
+            // Odd groups, odd rows, odd columns, fewer than a step has, parts, and more columns than stay in a cache.
+            for (n, k) in [(1, 1), (19, 33), (40, 64), (83, 543), (16, 2080)] {
+                let mut bytes: Vec<u8> = Vec::with_capacity(n * k * 2);
+                for i in 0..n * k {
+                    // Subnormal ones of F16 among them.
+                    let value = if i % 7 == 0 { random() * 1e-5 } else { random() };
+                    match dtype {
+                        WeightType::F16 => bytes.extend(f16::from_f32(value).to_le_bytes()),
+                        _ => bytes.extend(bf16::from_f32(value).to_le_bytes()),
+                    }
                 }
-                let input = input(&pool, tiles, dtype, m, k, &mut random);
-                let found = product(&pool, tiles, &input, &matrix);
-                for j in 0..n {
-                    matrix.widen_row(j, &mut row);
-                    for i in 0..m {
-                        let x: Vec<f32> =
-                            input.values()[i * k..][..k].iter().map(|&x| bf16::from_f32(x).to_f32()).collect();
-                        let sum = x.chunks(32).zip(row.chunks(32)).fold(0f32, |sum, (x, w)| step(sum, x, w));
-                        assert_eq!(f32::from_bits(found[i * n + j]), sum, "{n} x {k}, {m} inputs: [{i},{j}]");
+                let matrix = Matrix::pack(&pool, dtype, &bytes, n, k).unwrap();
+                let mut row = vec![0f32; k];
+                for m in [1, 2, 3, 15, 16, 17, 32, 33, 270] {
+                    if m * k > 100_000 && !super::is_available() {
+                        continue; // too slow in emulation
+                    }
+                    let mut input = input(&pool, tiles, dtype, m, k, &mut random);
+                    if dtype == WeightType::F16 {
+                        // Tiles take subnormal numbers for zeros; there are none in what they are given.
+                        input.values_mut().iter_mut().step_by(5).for_each(|x| *x *= 1e-31);
+                        input.values_mut().iter_mut().step_by(11).for_each(|x| *x *= 1e-9);
+                    }
+                    input.prepare(&pool, tiles, std::iter::once(dtype));
+                    let found = product(&pool, tiles, &input, &matrix);
+                    for j in 0..n {
+                        matrix.widen_row(j, &mut row);
+                        for i in 0..m {
+                            let sum = expected(dtype, &input.values()[i * k..][..k], &row);
+                            assert_eq!(
+                                f32::from_bits(found[i * n + j]),
+                                sum,
+                                "{dtype} {n} x {k}, {m} inputs: [{i},{j}]"
+                            );
+                        }
                     }
                 }
             }
         }
+    }
+
+    /// A product of BF16, or of each a sum of two BF16.
+    fn expected(dtype: WeightType, x: &[f32], w: &[f32]) -> f32 {
+        let parts = |value: &f32| match dtype {
+            WeightType::F16 => halves(*value),
+            _ => [bf16::from_f32(*value).to_f32(), 0.0],
+        };
+        let mut sum = 0f32;
+        for (x, w) in x.chunks(32).zip(w.chunks(32)) {
+            let part = |values: &[f32], part: usize| values.iter().map(|value| parts(value)[part]).collect::<Vec<_>>();
+            let order = if dtype == WeightType::F16 { &[(0, 1), (0, 0), (1, 0)][..] } else { &[(0, 0)] };
+            for &(of_x, of_w) in order {
+                sum = step(sum, &part(x, of_x), &part(w, of_w));
+            }
+        }
+        sum
     }
 }

@@ -1,22 +1,26 @@
-//! Products of BF16 matrices on AMX: a tile of sixteen inputs times a tile of sixteen rows, 32 columns at a time, and two by
-//! two of them, so that each tile that is loaded is used twice. Weights are what a tile wants as they lie there, and inputs
-//! are rounded to BF16, as they are on every other instruction set.
+//! Products of BF16 and F16 matrices on AMX: a tile of sixteen inputs times a tile of sixteen rows, 32 columns at a time, and
+//! two by two of them, so that each tile that is loaded is used twice.
+//!
+//! Weights of BF16 are what a tile wants as they lie there, and inputs are rounded to BF16, as they are on every other
+//! instruction set. F16 has more bits than fit into BF16, so its weights are unpacked as sums of two BF16, exactly, and
+//! inputs are cut into two as well, see [`halves`](super::super::input::halves). Of their four products the one of both lower
+//! parts, a 2^-16th of the whole at most, is left out. Splitting numbers for narrower units: Henry, Tang, Heinecke,
+//! "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", 2019.
 //!
 //! The instruction adds 32 products in an order of its own, so results have other bits than without tiles. One input is
 //! therefore multiplied in the same way as many: here too a row computed in a batch has the bits of the row computed alone.
-//!
-//! F16 has no tiles: it would take three products of BF16 parts to keep its accuracy.
+//! With one input of F16, when only memory counts, unpacking for tiles takes longer than reading: [`Alone`] does with vectors
+//! what the tiles do, operation by operation.
 
 use std::arch::asm;
-use std::arch::x86_64::{__mmask16, _mm_sfence, _mm512_load_ps, _mm512_mask_storeu_ps, _mm512_maskz_loadu_ps};
-use std::arch::x86_64::{_mm512_store_ps, _mm512_stream_ps};
+use std::arch::x86_64::*;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::ptr::null;
 use std::time::Instant;
 
 use super::super::formats::VECTOR;
-use super::super::input::{TILE, TileRow, TileRows};
+use super::super::input::{Cut, TILE, TileRow, TileRows};
 use super::super::pool::Pool;
 use super::super::simd::LANES;
 use super::{Config, is_available, release};
@@ -39,7 +43,7 @@ const PART: usize = 8;
 /// Tiles of inputs from which on results bypass the caches.
 const MANY: usize = 4;
 
-/// Groups of a BF16 matrix with all inputs.
+/// Groups of a matrix with all inputs: of BF16 where these are rounded, of F16 where they are in two parts.
 pub struct Rounded<'a> {
     pub weights: *const u8,
     pub inputs: TileRows<'a>,
@@ -63,24 +67,25 @@ struct Sums([[f32; LANES]; TILE]);
 #[repr(C, align(64))]
 struct Tile([[u8; VECTOR]; TILE]);
 
-/// The last steps of two groups, with zeros behind the last column.
-type Completed = [[Tile; PART]; 2];
+/// Steps of two groups that are not used where they lie: the last ones of BF16, with zeros behind the last column, and all of
+/// F16, in two parts.
+type Unpacked = [[[Tile; 2]; PART]; 2];
 
 /// Runs a product.
 ///
 /// # Safety
 /// [`is_available`](super::is_available), the CPU has AVX-512; the weights are `count` groups of a matrix with `k` columns
 /// packed as [`Matrix`](super::super::matrix::Matrix) does, `out` is (m, n) and no other thread's in these groups.
-#[target_feature(enable = "avx512f")]
+#[target_feature(enable = "avx512f,avx512bw")]
 pub unsafe fn run(product: &Rounded) {
     let (inputs, steps) = (&product.inputs, product.k.div_ceil(COLUMNS));
     let chunks = inputs.chunks();
     let (first, second) = ((inputs.rows_of(0), VECTOR), (inputs.rows_of(1.min(chunks - 1)), VECTOR));
     let config = Config::new([first, first, second, second, first, second, (TILE, VECTOR), (TILE, VECTOR)]);
-    let block = CACHED / (CHUNKS * BYTES);
+    let block = CACHED / (CHUNKS * BYTES * inputs.cut().parts());
     // Not filled with zeros: that would be longer than a product with one input of a small model.
     let mut room = MaybeUninit::<[Pair; CHUNKS]>::uninit();
-    let mut completed = MaybeUninit::<Completed>::uninit();
+    let mut unpacked = MaybeUninit::<Unpacked>::uninit();
     // SAFETY: the CPU has tiles, and what is configured is a valid palette; groups, inputs and steps are there.
     unsafe {
         config.load();
@@ -93,7 +98,7 @@ pub unsafe fn run(product: &Rounded) {
                         chunks: first..chunks.min(first + CHUNKS),
                         steps: from..steps.min(from + block),
                     };
-                    product.part(&part, room.as_mut_ptr().cast(), completed.as_mut_ptr().cast());
+                    product.part(&part, room.as_mut_ptr().cast(), unpacked.as_mut_ptr().cast());
                 }
             }
         }
@@ -158,43 +163,161 @@ struct Weights {
     start: *const u8,
     /// Bytes to those of the second. None where there is only one: it is multiplied twice, and the second result left.
     group: usize,
-    /// What is needed next of the first; that of the second is as far from it. Null for nothing.
+    /// What is needed next of the first group from memory. Null for nothing.
     next: *const u8,
+    /// Bytes from there to that of the second.
+    next_group: usize,
+}
+
+/// Sums of [`stream`](Rounded::stream) from memory or to it.
+macro_rules! sums {
+    ($first:literal, $second:literal, $sums:expr) => {
+        asm!($first, $second, sums = in(reg) $sums, line = in(reg) VECTOR, options(nostack, preserves_flags))
+    };
+}
+
+/// What [`stream`](Rounded::stream) does with tiles of inputs `x` and `y` and of weights `v` and `w`.
+macro_rules! step {
+    ($x:expr, $w:expr, [$($text:literal)*]) => {
+        asm!(
+            "# {x} {y} {v} {w} {line}", // not all of them have a use for all
+            $($text,)*
+            x = in(reg) $x[0],
+            y = in(reg) $x[1],
+            v = in(reg) $w[0],
+            w = in(reg) $w[1],
+            line = in(reg) VECTOR,
+            options(nostack, preserves_flags)
+        )
+    };
 }
 
 impl Rounded<'_> {
     /// # Safety
     /// As [`run`]; the tiles are configured, and the part is there.
-    #[target_feature(enable = "avx512f")]
-    unsafe fn part(&self, part: &Part, room: *mut Pair, completed: *mut [Tile; PART]) {
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn part(&self, part: &Part, room: *mut Pair, unpacked: *mut [[Tile; 2]; PART]) {
         let whole = self.k / COLUMNS;
-        let group_bytes = self.k.next_multiple_of(2) * 2 * LANES;
+        let cut = self.inputs.cut();
+        let group_bytes = match cut {
+            Cut::Rounded => self.k.next_multiple_of(2) * 2 * LANES,
+            Cut::Halved => self.k * 2 * LANES,
+        };
         let second = |bytes| if part.groups == 2 { bytes } else { 0 };
         // SAFETY: this function's conditions. What is asked for ahead need not be there.
         unsafe {
             let weights = self.weights.add(part.group * group_bytes);
             self.fetch(part, room);
+            if cut == Cut::Halved && part.chunks.len() <= 2 {
+                self.stream(part, weights, room.cast(), unpacked.cast());
+                return self.put(part, room);
+            }
             for from in part.steps.clone().step_by(PART) {
                 let steps = from..part.steps.end.min(from + PART);
-                if steps.end <= whole {
-                    let next = match from + PART < part.steps.end {
-                        true => weights.wrapping_add((from + PART) * BYTES),
-                        false => weights.wrapping_add(part.groups * group_bytes + part.steps.start * BYTES),
-                    };
-                    let weights = Weights { start: weights.add(from * BYTES), group: second(group_bytes), next };
-                    self.passes(part, steps, &weights, room);
-                    continue;
+                let next = match from + PART < part.steps.end {
+                    true => weights.wrapping_add((from + PART) * BYTES),
+                    false => weights.wrapping_add(part.groups * group_bytes + part.steps.start * BYTES),
+                };
+                let mut unpacks = Weights {
+                    start: unpacked.cast(),
+                    group: second(size_of_val(&*unpacked)),
+                    next,
+                    next_group: second(group_bytes),
+                };
+                match cut {
+                    Cut::Rounded if steps.end <= whole => {
+                        let next_group = second(group_bytes);
+                        unpacks = Weights { start: weights.add(from * BYTES), group: next_group, next, next_group };
+                    }
+                    Cut::Rounded => {
+                        for g in 0..part.groups {
+                            let there = group_bytes - from * BYTES;
+                            let to = unpacked.add(g).cast::<u8>();
+                            weights.add(g * group_bytes + from * BYTES).copy_to_nonoverlapping(to, there);
+                            to.add(there).write_bytes(0, steps.len() * BYTES - there);
+                        }
+                        unpacks.next = null();
+                    }
+                    Cut::Halved => {
+                        for g in 0..part.groups {
+                            for step in steps.clone() {
+                                let columns = COLUMNS.min(self.k - step * COLUMNS);
+                                let from_there = weights.add(g * group_bytes + step * BYTES);
+                                unpack(from_there, columns, 0, &raw mut (*unpacked.add(g))[step - from]);
+                            }
+                        }
+                    }
                 }
-                for g in 0..part.groups {
-                    let there = group_bytes - from * BYTES;
-                    let to = completed.add(g).cast::<u8>();
-                    weights.add(g * group_bytes + from * BYTES).copy_to_nonoverlapping(to, there);
-                    to.add(there).write_bytes(0, steps.len() * BYTES - there);
-                }
-                let group = second(size_of::<[Tile; PART]>());
-                self.passes(part, steps, &Weights { start: completed.cast(), group, next: null() }, room);
+                self.passes(part, steps, &unpacks, room);
             }
             self.put(part, room);
+        }
+    }
+
+    /// Multiplies weights of F16 with one or two tiles of inputs. While tiles multiply a step the next one is unpacked: with so
+    /// few inputs both take about as long, and memory should wait for neither.
+    ///
+    /// # Safety
+    /// As [`part`](Self::part); `weights` are the part's.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn stream(&self, part: &Part, weights: *const u8, room: *mut Sums, unpacked: *mut [[Tile; 2]; 2]) {
+        let group_bytes = self.k * 2 * LANES;
+        let (chunk, last) = (part.chunks.start, part.chunks.end - 1);
+        let (two, second) = (last > chunk, part.groups - 1);
+        let lower = [chunk, last].map(|chunk| self.inputs.rows_of(chunk) * size_of::<TileRow>());
+        // SAFETY: this function's conditions. What tiles hold stays from one piece of assembly to the next: nothing else uses
+        // them.
+        unsafe {
+            let unpack = |step: usize, g: usize| {
+                let columns = COLUMNS.min(self.k - step * COLUMNS);
+                let to = &raw mut (*unpacked.add(step % 2))[g];
+                unpack(weights.add(g * group_bytes + step * BYTES), columns, AHEAD, to);
+            };
+            for g in 0..part.groups {
+                unpack(part.steps.start, g);
+            }
+            sums!("tileloadd tmm0, [{sums} + {line}*1]", "tileloadd tmm1, [{sums} + {line}*1 + 1024]", room);
+            if two {
+                sums!("tileloadd tmm2, [{sums} + {line}*1 + 2048]", "tileloadd tmm3, [{sums} + {line}*1 + 3072]", room);
+            }
+            for step in part.steps.clone() {
+                let more = step + 1 < part.steps.end;
+                let now = unpacked.add(step % 2);
+                let w = [&raw const (*now)[0], &raw const (*now)[second]];
+                let x = [chunk, last].map(|chunk| self.inputs.tile(chunk, step).cast::<u8>());
+                step!(x, w, ["tileloadd tmm4, [{x} + {line}*1]" "tileloadd tmm6, [{v} + {line}*1 + 1024]"
+                    "tdpbf16ps tmm0, tmm4, tmm6" "tileloadd tmm7, [{w} + {line}*1 + 1024]" "tdpbf16ps tmm1, tmm4, tmm7"]);
+                if two {
+                    step!(x, w, ["tileloadd tmm5, [{y} + {line}*1]" "tdpbf16ps tmm2, tmm5, tmm6"
+                        "tdpbf16ps tmm3, tmm5, tmm7"]);
+                }
+                if more {
+                    unpack(step + 1, 0);
+                }
+                step!(x, w, ["tileloadd tmm6, [{v} + {line}*1]" "tdpbf16ps tmm0, tmm4, tmm6"
+                    "tileloadd tmm7, [{w} + {line}*1]" "tdpbf16ps tmm1, tmm4, tmm7"]);
+                if two {
+                    step!(x, w, ["tdpbf16ps tmm2, tmm5, tmm6" "tdpbf16ps tmm3, tmm5, tmm7"]);
+                }
+                let x = [x[0].add(lower[0]), x[1].add(lower[1])];
+                step!(x, w, ["tileloadd tmm4, [{x} + {line}*1]" "tdpbf16ps tmm0, tmm4, tmm6"
+                    "tdpbf16ps tmm1, tmm4, tmm7"]);
+                if two {
+                    step!(x, w, ["tileloadd tmm5, [{y} + {line}*1]" "tdpbf16ps tmm2, tmm5, tmm6"
+                        "tdpbf16ps tmm3, tmm5, tmm7"]);
+                }
+                if more && second == 1 {
+                    unpack(step + 1, 1);
+                }
+            }
+            sums!("tilestored [{sums} + {line}*1], tmm0", "tilestored [{sums} + {line}*1 + 1024], tmm1", room);
+            if two {
+                sums!(
+                    "tilestored [{sums} + {line}*1 + 2048], tmm2",
+                    "tilestored [{sums} + {line}*1 + 3072], tmm3",
+                    room
+                );
+            }
         }
     }
 
@@ -217,13 +340,16 @@ impl Rounded<'_> {
                 group: weights.group,
                 sums: room.wrapping_add(2 * pass),
                 ahead: weights.next.wrapping_add(pass * lines * steps.len() * VECTOR),
+                next_group: weights.next_group,
                 lines,
             };
             // SAFETY: this function's conditions.
             unsafe {
-                match two {
-                    true => pass.two(),
-                    false => pass.one(),
+                match (self.inputs.cut(), two) {
+                    (Cut::Rounded, true) => pass.two(),
+                    (Cut::Rounded, false) => pass.one(),
+                    (Cut::Halved, true) => pass.two_in_parts(),
+                    (Cut::Halved, false) => pass.one_in_parts(),
                 }
             }
         }
@@ -291,8 +417,9 @@ struct Pass {
     /// Bytes from a group to the next.
     group: usize,
     sums: *mut Pair,
-    /// What to ask for: from where on, and how many lines of each group in a step.
+    /// What to ask for: from where on, bytes to that of the second group, and how many lines of each in a step.
     ahead: *const u8,
+    next_group: usize,
     lines: usize,
 }
 
@@ -308,14 +435,13 @@ macro_rules! pass {
             "jmp 4f",
             "3:",
             "prefetcht1 [{ahead}]",
-            "prefetcht1 [{ahead} + {group}]",
+            "prefetcht1 [{ahead} + {next}]",
             "add {ahead}, 64",
             "4:",
             "sub {left}, 1",
             "jns 3b",
             "lea {left}, [{w} + {group}]",
             $($step,)*
-            "add {w}, 1024",
             "sub {steps}, 1",
             "jnz 2b",
             $($end,)*
@@ -328,6 +454,7 @@ macro_rules! pass {
             steps = inout(reg) $pass.steps => _,
             sums = in(reg) $pass.sums,
             ahead = inout(reg) $pass.ahead => _,
+            next = in(reg) $pass.next_group,
             lines = in(reg) $pass.lines,
             left = out(reg) _,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
@@ -353,6 +480,7 @@ impl Pass {
                     "tileloadd tmm7, [{left} + {line}*1]"
                     "tdpbf16ps tmm1, tmm4, tmm7"
                     "add {x}, {bytes}"
+                    "add {w}, 1024"
                 ],
                 ["tilestored [{sums} + {line}*1], tmm0" "tilestored [{sums} + {line}*1 + 1024], tmm1"]
             );
@@ -385,6 +513,7 @@ impl Pass {
                     "tdpbf16ps tmm3, tmm5, tmm7"
                     "add {x}, 1024"
                     "add {y}, {bytes}"
+                    "add {w}, 1024"
                 ],
                 [
                     "tilestored [{sums} + {line}*1], tmm0"
@@ -393,6 +522,211 @@ impl Pass {
                     "tilestored [{sums} + {line}*1 + 3072], tmm3"
                 ]
             );
+        }
+    }
+    /// Weights and inputs are in two parts: the inputs' upper ones with both of the weights', then their lower ones with the
+    /// weights' upper ones.
+    ///
+    /// # Safety
+    /// As [`one`](Self::one).
+    unsafe fn one_in_parts(self) {
+        // SAFETY: this function's conditions.
+        unsafe {
+            pass!(
+                self,
+                ["tileloadd tmm0, [{sums} + {line}*1]" "tileloadd tmm1, [{sums} + {line}*1 + 1024]"],
+                [
+                    "tileloadd tmm4, [{x} + {line}*1]"
+                    "tileloadd tmm6, [{w} + {line}*1 + 1024]"
+                    "tdpbf16ps tmm0, tmm4, tmm6"
+                    "tileloadd tmm7, [{left} + {line}*1 + 1024]"
+                    "tdpbf16ps tmm1, tmm4, tmm7"
+                    "tileloadd tmm6, [{w} + {line}*1]"
+                    "tdpbf16ps tmm0, tmm4, tmm6"
+                    "tileloadd tmm7, [{left} + {line}*1]"
+                    "tdpbf16ps tmm1, tmm4, tmm7"
+                    "add {x}, {bytes}"
+                    "tileloadd tmm4, [{x} + {line}*1]"
+                    "tdpbf16ps tmm0, tmm4, tmm6"
+                    "tdpbf16ps tmm1, tmm4, tmm7"
+                    "add {x}, {bytes}"
+                    "add {w}, 2048"
+                ],
+                ["tilestored [{sums} + {line}*1], tmm0" "tilestored [{sums} + {line}*1 + 1024], tmm1"]
+            );
+        }
+    }
+
+    /// The same of two tiles, of which the first is whole.
+    ///
+    /// # Safety
+    /// As [`one`](Self::one).
+    unsafe fn two_in_parts(self) {
+        // SAFETY: this function's conditions.
+        unsafe {
+            pass!(
+                self,
+                [
+                    "tileloadd tmm0, [{sums} + {line}*1]"
+                    "tileloadd tmm1, [{sums} + {line}*1 + 1024]"
+                    "tileloadd tmm2, [{sums} + {line}*1 + 2048]"
+                    "tileloadd tmm3, [{sums} + {line}*1 + 3072]"
+                ],
+                [
+                    "tileloadd tmm4, [{x} + {line}*1]"
+                    "tileloadd tmm6, [{w} + {line}*1 + 1024]"
+                    "tdpbf16ps tmm0, tmm4, tmm6"
+                    "tileloadd tmm5, [{y} + {line}*1]"
+                    "tdpbf16ps tmm2, tmm5, tmm6"
+                    "tileloadd tmm7, [{left} + {line}*1 + 1024]"
+                    "tdpbf16ps tmm1, tmm4, tmm7"
+                    "tdpbf16ps tmm3, tmm5, tmm7"
+                    "tileloadd tmm6, [{w} + {line}*1]"
+                    "tdpbf16ps tmm0, tmm4, tmm6"
+                    "tdpbf16ps tmm2, tmm5, tmm6"
+                    "tileloadd tmm7, [{left} + {line}*1]"
+                    "tdpbf16ps tmm1, tmm4, tmm7"
+                    "tdpbf16ps tmm3, tmm5, tmm7"
+                    "add {y}, {bytes}"
+                    "tileloadd tmm4, [{x} + {line}*1 + 1024]"
+                    "tdpbf16ps tmm0, tmm4, tmm6"
+                    "tdpbf16ps tmm1, tmm4, tmm7"
+                    "tileloadd tmm5, [{y} + {line}*1]"
+                    "tdpbf16ps tmm2, tmm5, tmm6"
+                    "tdpbf16ps tmm3, tmm5, tmm7"
+                    "add {x}, 2048"
+                    "add {y}, {bytes}"
+                    "add {w}, 2048"
+                ],
+                [
+                    "tilestored [{sums} + {line}*1], tmm0"
+                    "tilestored [{sums} + {line}*1 + 1024], tmm1"
+                    "tilestored [{sums} + {line}*1 + 2048], tmm2"
+                    "tilestored [{sums} + {line}*1 + 3072], tmm3"
+                ]
+            );
+        }
+    }
+}
+
+/// Adds to round a number to the nearest of eight bits when the bits below are cut off.
+const HALF: i32 = 0x8000;
+
+/// The bits of a number that BF16 keeps.
+const KEPT: i32 = -0x1_0000;
+
+/// Sixteen rows' weights of up to 32 columns to tiles of their upper and lower parts, with zeros behind the last column. Asks
+/// for what is `ahead` bytes behind them.
+///
+/// # Safety
+/// The CPU has AVX-512; the weights are there.
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn unpack(weights: *const u8, columns: usize, ahead: usize, to: *mut [Tile; 2]) {
+    let (half, kept) = (_mm512_set1_epi32(HALF), _mm512_set1_epi32(KEPT));
+    for pair in 0..COLUMNS / 2 {
+        _mm_prefetch::<_MM_HINT_T0>(weights.wrapping_add(pair * VECTOR + ahead).cast());
+        // Of two columns: what the nearest of eight bits is in, and the rest, exactly.
+        let mut high = [_mm512_setzero_si512(); 2];
+        let mut low = [_mm512_setzero_si512(); 2];
+        for t in 0..2 {
+            let column = 2 * pair + t;
+            if column < columns {
+                // SAFETY: the column is there.
+                let w = unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(weights.add(column * 2 * LANES).cast())) };
+                high[t] = _mm512_add_epi32(_mm512_castps_si512(w), half);
+                low[t] = _mm512_castps_si512(_mm512_sub_ps(w, _mm512_castsi512_ps(_mm512_and_si512(high[t], kept))));
+            }
+        }
+        for (tile, [first, second]) in [high, low].into_iter().enumerate() {
+            let both = _mm512_mask_blend_epi16(0xaaaa_aaaa, _mm512_srli_epi32::<16>(first), second);
+            // SAFETY: a tile has a row for each pair.
+            unsafe { _mm512_store_si512((&raw mut (*to)[tile].0[pair]).cast(), both) }
+        }
+    }
+}
+
+/// Groups of an F16 matrix with one input.
+pub struct Alone<'a> {
+    pub weights: *const u8,
+    /// (2, k)
+    pub halves: &'a [f32],
+    pub out: *mut f32,
+    pub first: usize,
+    pub count: usize,
+    pub n: usize,
+    pub k: usize,
+}
+
+/// How far ahead of the columns in hand weights are asked for, in bytes.
+const AHEAD: usize = 4096;
+
+impl Alone<'_> {
+    /// # Safety
+    /// The CPU has AVX-512; the weights are `count` groups of an F16 matrix packed as
+    /// [`Matrix`](super::super::matrix::Matrix) does, `out` is (n) and no other thread's in these groups.
+    #[target_feature(enable = "avx512f")]
+    pub unsafe fn run(&self) {
+        // SAFETY: the groups are there.
+        unsafe {
+            for group in (0..self.count / 2 * 2).step_by(2) {
+                self.groups::<2>(group);
+            }
+            if !self.count.is_multiple_of(2) {
+                self.groups::<1>(self.count - 1);
+            }
+        }
+    }
+
+    /// `G` groups, two of them so that there is always a chain that no other operation waits for.
+    ///
+    /// # Safety
+    /// As [`run`](Self::run); there are so many.
+    #[target_feature(enable = "avx512f")]
+    unsafe fn groups<const G: usize>(&self, group: usize) {
+        let zero = _mm512_setzero_ps();
+        let (half, kept) = (_mm512_set1_epi32(HALF), _mm512_set1_epi32(KEPT));
+        let group_bytes = self.k * 2 * LANES;
+        let (highs, lows) = self.halves.split_at(self.k);
+        let mut sums = [zero; G];
+        // SAFETY: this function's conditions. What is asked for ahead need not be there.
+        unsafe {
+            let weights = self.weights.add(group * group_bytes);
+            for step in (0..self.k).step_by(COLUMNS) {
+                // Of each product of parts a chain of what is first in a pair of columns, and one of what is second.
+                let mut chains = [[[zero; 2]; 3]; G];
+                let end = self.k.min(step + COLUMNS);
+                for pair in (step..end).step_by(2) {
+                    for g in 0..G {
+                        let ahead = weights.wrapping_add(g * group_bytes + pair * 2 * LANES + AHEAD);
+                        _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+                    }
+                    for t in 0..2.min(end - pair) {
+                        let column = pair + t;
+                        let high = _mm512_set1_ps(*highs.get_unchecked(column));
+                        let low = _mm512_set1_ps(*lows.get_unchecked(column));
+                        for g in 0..G {
+                            let w = weights.add(g * group_bytes + column * 2 * LANES);
+                            let w = _mm512_cvtph_ps(_mm256_loadu_si256(w.cast()));
+                            let w_high = _mm512_add_epi32(_mm512_castps_si512(w), half);
+                            let w_high = _mm512_castsi512_ps(_mm512_and_si512(w_high, kept));
+                            let (chains, w_low) = (&mut chains[g], _mm512_sub_ps(w, w_high));
+                            chains[0][t] = _mm512_fmadd_ps(high, w_low, chains[0][t]);
+                            chains[1][t] = _mm512_fmadd_ps(high, w_high, chains[1][t]);
+                            chains[2][t] = _mm512_fmadd_ps(low, w_high, chains[2][t]);
+                        }
+                    }
+                }
+                for g in 0..G {
+                    for chain in chains[g] {
+                        sums[g] = _mm512_add_ps(sums[g], _mm512_add_ps(chain[0], chain[1]));
+                    }
+                }
+            }
+            for g in 0..G {
+                let row = (self.first + group + g) * LANES;
+                let rows = LANES.min(self.n - row);
+                _mm512_mask_storeu_ps(self.out.add(row), __mmask16::MAX >> (LANES - rows), sums[g]);
+            }
         }
     }
 }
