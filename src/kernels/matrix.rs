@@ -3,7 +3,7 @@
 //! A matrix is held once: in the bytes of its stored type, reordered when it is loaded. The product goes through a
 //! group's columns in order, for all inputs at once, so that weights are read from memory in the order they lie there and
 //! unpacked once for all inputs. Each result is the same chain of operations whatever the number of inputs, threads or
-//! the instruction set (but for BF16 on AMX): a row computed in a batch has the bits of the row computed alone.
+//! the instruction set (but for BF16 and F16 on AMX): a row computed in a batch has the bits of the row computed alone.
 
 mod dense;
 

@@ -2,7 +2,7 @@
 //! columns at a time. Unpacked vectors are what the second tile wants, and an input's 8-bit block is a row of the first.
 //!
 //! The dot products are whole numbers, and what is made of them is the same chain of operations as everywhere, so the
-//! results have the same bits as without tiles. BF16 has tiles of its own in [`rounded`].
+//! results have the same bits as without tiles. BF16 and F16 have tiles of their own in [`rounded`].
 //!
 //! Instructions: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18, and volume 2.
 
