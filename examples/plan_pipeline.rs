@@ -124,7 +124,7 @@ async fn verify(
     bar.finish_and_clear();
     let median = |seconds: &mut Vec<f64>| {
         seconds.sort_by(f64::total_cmp);
-        seconds[seconds.len() / 2]
+        (seconds[(seconds.len() - 1) / 2] + seconds[seconds.len() / 2]) / 2.0
     };
     let predicted: Vec<f64> = predicted.iter_mut().map(median).collect();
     let measured: Vec<f64> = measured.iter_mut().map(median).collect();

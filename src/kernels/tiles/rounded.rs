@@ -176,7 +176,8 @@ macro_rules! sums {
     };
 }
 
-/// What [`stream`](Rounded::stream) does with tiles of inputs `x` and `y` and of weights `v` and `w`.
+/// What [`stream`](Rounded::stream) does with tiles of inputs `x` and `y` and of weights `v` and `w`. Tiles are not named as
+/// changed, since what they hold is what the next piece goes on with.
 macro_rules! step {
     ($x:expr, $w:expr, [$($text:literal)*]) => {
         asm!(
@@ -220,7 +221,7 @@ impl Rounded<'_> {
                 };
                 let mut unpacks = Weights {
                     start: unpacked.cast(),
-                    group: second(size_of_val(&*unpacked)),
+                    group: second(size_of::<[[Tile; 2]; PART]>()),
                     next,
                     next_group: second(group_bytes),
                 };
