@@ -465,15 +465,40 @@ macro_rules! pass {
     };
 }
 
+/// A pass with one tile of inputs.
+macro_rules! one {
+    ($pass:expr, [$($step:literal)*] $(,)?) => {
+        pass!(
+            $pass,
+            ["tileloadd tmm0, [{sums} + {line}*1]" "tileloadd tmm1, [{sums} + {line}*1 + 1024]"],
+            [$($step)*],
+            ["tilestored [{sums} + {line}*1], tmm0" "tilestored [{sums} + {line}*1 + 1024], tmm1"]
+        )
+    };
+}
+
+/// A pass with two.
+macro_rules! two {
+    ($pass:expr, [$($step:literal)*] $(,)?) => {
+        pass!(
+            $pass,
+            ["tileloadd tmm0, [{sums} + {line}*1]" "tileloadd tmm1, [{sums} + {line}*1 + 1024]"
+             "tileloadd tmm2, [{sums} + {line}*1 + 2048]" "tileloadd tmm3, [{sums} + {line}*1 + 3072]"],
+            [$($step)*],
+            ["tilestored [{sums} + {line}*1], tmm0" "tilestored [{sums} + {line}*1 + 1024], tmm1"
+             "tilestored [{sums} + {line}*1 + 2048], tmm2" "tilestored [{sums} + {line}*1 + 3072], tmm3"]
+        )
+    };
+}
+
 impl Pass {
     /// # Safety
     /// The tiles are configured for the inputs, and everything is there.
     unsafe fn one(self) {
         // SAFETY: this function's conditions.
         unsafe {
-            pass!(
+            one!(
                 self,
-                ["tileloadd tmm0, [{sums} + {line}*1]" "tileloadd tmm1, [{sums} + {line}*1 + 1024]"],
                 [
                     "tileloadd tmm4, [{x} + {line}*1]"
                     "tileloadd tmm6, [{w} + {line}*1]"
@@ -483,7 +508,6 @@ impl Pass {
                     "add {x}, {bytes}"
                     "add {w}, 1024"
                 ],
-                ["tilestored [{sums} + {line}*1], tmm0" "tilestored [{sums} + {line}*1 + 1024], tmm1"]
             );
         }
     }
@@ -495,14 +519,8 @@ impl Pass {
     unsafe fn two(self) {
         // SAFETY: this function's conditions.
         unsafe {
-            pass!(
+            two!(
                 self,
-                [
-                    "tileloadd tmm0, [{sums} + {line}*1]"
-                    "tileloadd tmm1, [{sums} + {line}*1 + 1024]"
-                    "tileloadd tmm2, [{sums} + {line}*1 + 2048]"
-                    "tileloadd tmm3, [{sums} + {line}*1 + 3072]"
-                ],
                 [
                     "tileloadd tmm4, [{x} + {line}*1]"
                     "tileloadd tmm6, [{w} + {line}*1]"
@@ -516,15 +534,10 @@ impl Pass {
                     "add {y}, {bytes}"
                     "add {w}, 1024"
                 ],
-                [
-                    "tilestored [{sums} + {line}*1], tmm0"
-                    "tilestored [{sums} + {line}*1 + 1024], tmm1"
-                    "tilestored [{sums} + {line}*1 + 2048], tmm2"
-                    "tilestored [{sums} + {line}*1 + 3072], tmm3"
-                ]
             );
         }
     }
+
     /// Weights and inputs are in two parts: the inputs' upper ones with both of the weights', then their lower ones with the
     /// weights' upper ones.
     ///
@@ -533,9 +546,8 @@ impl Pass {
     unsafe fn one_in_parts(self) {
         // SAFETY: this function's conditions.
         unsafe {
-            pass!(
+            one!(
                 self,
-                ["tileloadd tmm0, [{sums} + {line}*1]" "tileloadd tmm1, [{sums} + {line}*1 + 1024]"],
                 [
                     "tileloadd tmm4, [{x} + {line}*1]"
                     "tileloadd tmm6, [{w} + {line}*1 + 1024]"
@@ -553,7 +565,6 @@ impl Pass {
                     "add {x}, {bytes}"
                     "add {w}, 2048"
                 ],
-                ["tilestored [{sums} + {line}*1], tmm0" "tilestored [{sums} + {line}*1 + 1024], tmm1"]
             );
         }
     }
@@ -565,14 +576,8 @@ impl Pass {
     unsafe fn two_in_parts(self) {
         // SAFETY: this function's conditions.
         unsafe {
-            pass!(
+            two!(
                 self,
-                [
-                    "tileloadd tmm0, [{sums} + {line}*1]"
-                    "tileloadd tmm1, [{sums} + {line}*1 + 1024]"
-                    "tileloadd tmm2, [{sums} + {line}*1 + 2048]"
-                    "tileloadd tmm3, [{sums} + {line}*1 + 3072]"
-                ],
                 [
                     "tileloadd tmm4, [{x} + {line}*1]"
                     "tileloadd tmm6, [{w} + {line}*1 + 1024]"
@@ -599,12 +604,6 @@ impl Pass {
                     "add {y}, {bytes}"
                     "add {w}, 2048"
                 ],
-                [
-                    "tilestored [{sums} + {line}*1], tmm0"
-                    "tilestored [{sums} + {line}*1 + 1024], tmm1"
-                    "tilestored [{sums} + {line}*1 + 2048], tmm2"
-                    "tilestored [{sums} + {line}*1 + 3072], tmm3"
-                ]
             );
         }
     }
