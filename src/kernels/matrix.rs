@@ -174,13 +174,18 @@ fn needs_pairs(dtype: WeightType, isa: Isa) -> bool {
     dtype == WeightType::BF16 && !isa.has_tiles()
 }
 
-/// How the tiles that they read are cut, see [`Input::cut`]; instead of one in two parts [`Input::halves`] are read.
+/// How the tiles that they read are cut, see [`Input::cut`], unless [`reads_halves`].
 fn needs_tiles(dtype: WeightType, isa: Isa) -> Option<Cut> {
     match dtype {
         WeightType::BF16 => Some(Cut::Rounded).filter(|_| isa.has_tiles()),
         WeightType::F16 => Some(Cut::Halved).filter(|_| isa.has_tiles()),
         _ => None,
     }
+}
+
+/// Whether they read [`Input::halves`] instead of tiles: a single row is faster without those.
+fn reads_halves(cut: Cut, rows: usize) -> bool {
+    cut == Cut::Halved && rows == 1
 }
 
 impl Input {
@@ -194,7 +199,7 @@ impl Input {
         }
         for cut in [Cut::Rounded, Cut::Halved] {
             if dtypes.clone().any(|dtype| needs_tiles(dtype, isa) == Some(cut)) {
-                match cut == Cut::Halved && self.rows() == 1 {
+                match reads_halves(cut, self.rows()) {
                     true => self.halve(isa),
                     false => self.cut(pool, isa, cut),
                 }
@@ -216,7 +221,7 @@ pub fn multiply(pool: &Pool, isa: Isa, input: &Input, products: &mut [Product]) 
             !needs_pairs(product.matrix.dtype, isa) || pairs == k.div_ceil(2) * m,
             "the input has not been rounded"
         );
-        let is_cut = |cut| match cut == Cut::Halved && m == 1 {
+        let is_cut = |cut| match reads_halves(cut, m) {
             true => input.halves().len() == 2 * k,
             false => input.tiles(cut).is_some(),
         };
@@ -293,7 +298,7 @@ impl Task<'_> {
             #[cfg(target_arch = "x86_64")]
             if let Some(cut) = needs_tiles(*dtype, self.isa) {
                 let (out, first, count, n, k) = (self.out, self.first, self.count, *n, *k);
-                if cut == Cut::Halved && m == 1 {
+                if reads_halves(cut, m) {
                     let halves = self.input.halves();
                     let product = tiles::rounded::Alone { weights, halves, out, first, count, n, k };
                     // SAFETY: the CPU has AVX-512; else as below.

@@ -219,16 +219,12 @@ impl Rounded<'_> {
                     true => weights.wrapping_add((from + PART) * BYTES),
                     false => weights.wrapping_add(part.groups * group_bytes + part.steps.start * BYTES),
                 };
-                let mut unpacks = Weights {
-                    start: unpacked.cast(),
-                    group: second(size_of::<[[Tile; 2]; PART]>()),
-                    next,
-                    next_group: second(group_bytes),
-                };
-                match cut {
+                let next_group = second(group_bytes);
+                let unpacked_group = second(size_of::<[[Tile; 2]; PART]>());
+                let is_unpacked = |next| Weights { start: unpacked.cast(), group: unpacked_group, next, next_group };
+                let tiles = match cut {
                     Cut::Rounded if steps.end <= whole => {
-                        let next_group = second(group_bytes);
-                        unpacks = Weights { start: weights.add(from * BYTES), group: next_group, next, next_group };
+                        Weights { start: weights.add(from * BYTES), group: next_group, next, next_group }
                     }
                     Cut::Rounded => {
                         for g in 0..part.groups {
@@ -237,7 +233,7 @@ impl Rounded<'_> {
                             weights.add(g * group_bytes + from * BYTES).copy_to_nonoverlapping(to, there);
                             to.add(there).write_bytes(0, steps.len() * BYTES - there);
                         }
-                        unpacks.next = null();
+                        is_unpacked(null())
                     }
                     Cut::Halved => {
                         for g in 0..part.groups {
@@ -247,9 +243,10 @@ impl Rounded<'_> {
                                 unpack(from_there, columns, 0, &raw mut (*unpacked.add(g))[step - from]);
                             }
                         }
+                        is_unpacked(next)
                     }
-                }
-                self.passes(part, steps, &unpacks, room);
+                };
+                self.passes(part, steps, &tiles, room);
             }
             self.put(part, room);
         }
