@@ -463,7 +463,7 @@ impl HeterogeneousPipelineExecutor {
                     device: stage.device,
                     weights: counters.weight_bytes.load(Ordering::Relaxed),
                     kv,
-                    // The stage may have freed already what was kept a moment ago.
+                    // The stage may have freed already what was kept when that was read.
                     kv_retained: (retained * stage.kv_bytes_per_token).min(kv),
                     kv_budget: stage.kv_budget,
                 }

@@ -286,11 +286,9 @@ impl Scheduler {
             },
             Message::Cancel(id) => self.end_early(id, FinishReason::Cancelled),
             Message::ClearPrefixes => {
-                while let Some(entry) = self.prefixes.evict(None) {
-                    self.evictions += 1;
-                    self.close(entry.id, entry.capacity);
-                }
-                self.prefix_counters.publish(&self.prefixes);
+                let all: Vec<_> = std::iter::from_fn(|| self.prefixes.evict(None)).collect();
+                self.evictions += all.len() as u64;
+                self.release(all);
             }
             Message::Stage(StageReply::Done { step, predictions, slowest }) => self.landed(step, predictions, slowest),
             Message::Stage(StageReply::Closed { id }) => {
@@ -507,8 +505,7 @@ impl Scheduler {
         {
             used -= entry.capacity;
             self.evictions += 1;
-            self.close(entry.id, entry.capacity);
-            self.prefix_counters.publish(&self.prefixes);
+            self.release([entry]);
         }
         self.kv_used + capacity <= self.limits.kv_positions
     }
@@ -633,6 +630,13 @@ impl Scheduler {
         self.send(StageMessage::Close { id });
     }
 
+    /// Publishes what is kept, and frees what no longer is: in this order, or a reader who sees memory freed would still
+    /// be told that it is kept.
+    fn release(&mut self, evicted: impl IntoIterator<Item = Retained>) {
+        self.prefix_counters.publish(&self.prefixes);
+        evicted.into_iter().for_each(|entry| self.close(entry.id, entry.capacity));
+    }
+
     fn fail(&mut self, id: SequenceId, error: Error) {
         if let Some(sequence) = self.take_out(id, Outcome::Error(error.kind())) {
             self.close(id, sequence.capacity);
@@ -647,11 +651,9 @@ impl Scheduler {
         if sequence.request.options.reuse_prefix {
             let tokens = sequence.tokens[..sequence.computed].to_vec();
             let rotations = self.limits.rotations(sequence.kv_length);
-            for evicted in self.prefixes.insert(Retained { id, tokens, capacity, rotations }) {
-                self.evictions += u64::from(evicted.id != id);
-                self.close(evicted.id, evicted.capacity);
-            }
-            self.prefix_counters.publish(&self.prefixes);
+            let not_kept = self.prefixes.insert(Retained { id, tokens, capacity, rotations });
+            self.evictions += not_kept.iter().filter(|evicted| evicted.id != id).count() as u64;
+            self.release(not_kept);
         } else {
             self.close(id, capacity);
         }
@@ -676,5 +678,53 @@ impl Scheduler {
             self.probe.emit(|| Event::RequestFinished { request: request.id.0, tokens: 0, outcome });
             let _ = request.events.send(Err(error.clone()));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{channel, sync_channel};
+
+    use super::*;
+
+    /// Memory that is seen to be freed must not be said to be kept any more.
+    #[test]
+    fn what_is_kept_is_published_before_the_rest_is_freed() {
+        let limits = Limits {
+            context_length: 100,
+            prefill_chunk: 100,
+            token_budget: None,
+            micro_batches: 1,
+            in_flight: 1,
+            max_sequences: 1,
+            kv_positions: 100,
+            prefix_cache: 100,
+            eos_token_ids: Vec::new(),
+            recompute_at: None,
+            own_rotations_from: None,
+        };
+        // Without room: the scheduler goes on when the stage has taken a message.
+        let (first_stage, stage) = sync_channel(0);
+        let counters = Arc::<PrefixCounters>::default();
+        let mut scheduler =
+            Scheduler::new(limits, channel().1, first_stage, Probe::default(), counters.clone(), Arc::default());
+        for id in 1..=2 {
+            let tokens = (id as u32 * 50..).take(30).collect();
+            scheduler.prefixes.insert(Retained {
+                id: SequenceId(id),
+                tokens,
+                capacity: 40,
+                rotations: Rotations::Short,
+            });
+        }
+        scheduler.prefix_counters.publish(&scheduler.prefixes);
+        let kept = || counters.retained_positions.load(Ordering::Relaxed);
+        assert_eq!(kept(), 80);
+        let clearing = std::thread::spawn(move || scheduler.handle(Message::ClearPrefixes));
+        for id in 1..=2 {
+            assert!(matches!(stage.recv(), Ok(StageMessage::Close { id: SequenceId(closed) }) if closed == id));
+            assert_eq!(kept(), 0);
+        }
+        assert!(clearing.join().unwrap());
     }
 }
