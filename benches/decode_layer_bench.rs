@@ -140,8 +140,14 @@ mod gpu {
                     bencher.iter(|| {
                         let mut x = Tensor::ones((1, config.hidden_size), DType::F32, &device).expect("memory");
                         for position in POSITION..POSITION + STEPS {
-                            let slice =
-                                SequenceSlice { id, position, len: 1, length: position + 1, wanted: Wanted::Nothing };
+                            let slice = SequenceSlice {
+                                id,
+                                position,
+                                len: 1,
+                                length: position + 1,
+                                decode: true,
+                                wanted: Wanted::Nothing,
+                            };
                             let batch = MicroBatch { slices: vec![slice], tokens: vec![0] };
                             match backend.forward(&batch, Some(x.clone()), &mut Watch::off()).expect("a step") {
                                 StageOutput::Activations(out) => x = out,

@@ -87,7 +87,9 @@ fn matmul(c: &mut Criterion) {
         group.sample_size(10);
         for m in [1, 4, 16, 128, 512] {
             let mut input = Input::default();
-            for (i, value) in input.reset(m, K).iter_mut().enumerate() {
+            // So many are of prompts, which may ask for it.
+            let widened_rows = if m > 16 { m } else { 0 };
+            for (i, value) in input.reset(m, widened_rows, K).iter_mut().enumerate() {
                 *value = ((i * 31 + 7) % 257) as f32 / 128.5 - 1.0;
             }
             input.prepare(&pool, isa, std::iter::once(dtype));

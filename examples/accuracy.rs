@@ -70,6 +70,9 @@ struct Arguments {
     /// Types of weights, all when absent.
     #[arg(long, value_delimiter = ',', value_parser = parse_type)]
     types: Vec<WeightType>,
+    /// Compute rows as those of prompts whose weights are widened, instead of decode steps.
+    #[arg(long)]
+    widen_prompts: bool,
     /// The program that writes llama.cpp's logits.
     #[arg(long)]
     llama: Option<PathBuf>,
@@ -290,6 +293,7 @@ fn interleave(tensor: &Tensor, heads: usize) -> Result<Tensor> {
 struct Bench {
     device: DeviceSpec,
     sequences: Vec<Vec<u32>>,
+    widen_prompts: bool,
     llama: Option<PathBuf>,
     folder: tempfile::TempDir,
 }
@@ -301,7 +305,7 @@ impl Bench {
 
     /// Logits of every position from a pipeline of one stage.
     fn ours(&self, model: &Path, kv_type: KvType) -> Result<Vec<f32>> {
-        let options = PipelineOptions { kv_type, ..PipelineOptions::default() };
+        let options = PipelineOptions { kv_type, widen_prompts: self.widen_prompts, ..PipelineOptions::default() };
         let model = model.to_str().context("the temporary folder's name is not UTF-8")?;
         let pipeline = HeterogeneousPipeline::with_options(&[self.device], model, options)?;
         let mut backend = pipeline.stage_source(0).load(&|_| {})?;
@@ -310,7 +314,14 @@ impl Bench {
             let id = SequenceId(index as u64);
             backend.open(id, tokens.len())?;
             for (position, &token) in tokens.iter().enumerate() {
-                let slice = SequenceSlice { id, position, len: 1, length: position + 1, wanted: Wanted::Logits };
+                let slice = SequenceSlice {
+                    id,
+                    position,
+                    len: 1,
+                    length: position + 1,
+                    decode: !self.widen_prompts,
+                    wanted: Wanted::Logits,
+                };
                 let batch = MicroBatch { slices: vec![slice], tokens: vec![token] };
                 match backend.forward(&batch, None, &mut Watch::off())? {
                     StageOutput::Logits(logits) => all.extend(logits.into_iter().flatten()),
@@ -429,7 +440,13 @@ async fn run() -> Result<()> {
     let positions: usize = sequences.iter().map(Vec::len).sum();
     eprintln!("{positions} positions in {} sequences", sequences.len());
     let folder = tempfile::tempdir()?;
-    let bench = Bench { device: arguments.device, sequences, llama: arguments.llama, folder };
+    let bench = Bench {
+        device: arguments.device,
+        sequences,
+        widen_prompts: arguments.widen_prompts,
+        llama: arguments.llama,
+        folder,
+    };
 
     let exact = bench.path("f32.gguf");
     original.write(&exact, WeightType::F32)?;

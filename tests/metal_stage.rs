@@ -33,7 +33,7 @@ fn on_cpu(file: &str) -> Box<dyn StageBackend> {
 
 fn prefill(backend: &mut dyn StageBackend, id: SequenceId, tokens: &[u32]) -> Vec<f32> {
     let len = tokens.len();
-    let slice = SequenceSlice { id, position: 0, len, length: len, wanted: Wanted::Logits };
+    let slice = SequenceSlice { id, position: 0, len, length: len, decode: false, wanted: Wanted::Logits };
     match backend
         .forward(&MicroBatch { slices: vec![slice], tokens: tokens.to_vec() }, None, &mut Watch::off())
         .unwrap()
@@ -80,7 +80,7 @@ fn sequences_of_one_step_are_what_they_are_alone() {
         gpu.open(*id, 8).unwrap();
         step(&mut *gpu, *id, 0, 0);
     }
-    let slice = |id| SequenceSlice { id, position: 1, len: 1, length: 2, wanted: Wanted::Logits };
+    let slice = |id| SequenceSlice { id, position: 1, len: 1, length: 2, decode: true, wanted: Wanted::Logits };
     let batch = MicroBatch {
         slices: rows.iter().map(|(id, _)| slice(*id)).collect(),
         tokens: rows.iter().map(|(_, token)| *token).collect(),
@@ -104,7 +104,7 @@ fn tokens_found_on_the_gpu_are_the_most_likely_of_its_logits() {
         step(&mut *gpu, *id, 0, 0);
     }
     let wanted = [Wanted::Best(1), Wanted::Logits, Wanted::Best(5), Wanted::Best(2)];
-    let slice = |id, wanted| SequenceSlice { id, position: 1, len: 1, length: 2, wanted };
+    let slice = |id, wanted| SequenceSlice { id, position: 1, len: 1, length: 2, decode: true, wanted };
     let batch = MicroBatch {
         slices: rows.iter().zip(wanted).map(|((id, _), wanted)| slice(*id, wanted)).collect(),
         tokens: rows.iter().map(|(_, token)| *token).collect(),

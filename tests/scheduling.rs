@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use candle_pipeline::{
     DEMO_MODEL, DeviceSpec, Error, ExecutorOptions, FinishReason, GenerationEvent, GenerationOptions, GenerationStream,
-    HeterogeneousPipeline, HeterogeneousPipelineExecutor, PipelineOptions,
+    HeterogeneousPipeline, HeterogeneousPipelineExecutor, Isa, PipelineOptions,
 };
-use common::{Meddling, assert_memory_returns, executor, executor_with, meddled, wait_until};
+use common::{Meddling, assert_memory_returns, bits, executor, executor_with, meddled, wait_until};
 use futures::StreamExt;
 
 /// A prompt that shares no prefix with one of another seed.
@@ -382,6 +382,29 @@ async fn a_shared_prefix_is_computed_once() {
     let only_kept = || executor.memory().iter().all(|stage| stage.kv == stage.kv_retained && stage.kv > 0);
     wait_until("only what is kept is left", only_kept).await;
     assert_memory_returns(&executor).await;
+}
+
+/// Where prompts meet widened weights, what has been generated is computed anew.
+#[tokio::test]
+async fn a_conversation_has_the_same_bits_whether_its_beginning_was_kept_or_not() {
+    for file in ["demo-q8_0.gguf", "demo-q4_0.gguf"] {
+        for (isa, widen_prompts) in Isa::available().into_iter().flat_map(|isa| [(isa, false), (isa, true)]) {
+            let options = PipelineOptions { isa: Some(isa), widen_prompts, ..PipelineOptions::default() };
+            let model = format!("{DEMO_MODEL}/{file}");
+            let pipeline =
+                HeterogeneousPipeline::with_options(&DeviceSpec::parse_list("cpu,cpu").unwrap(), &model, options)
+                    .unwrap();
+            let executor = HeterogeneousPipelineExecutor::new(pipeline, &model).await.unwrap();
+            let prompt = prompt(1, 90);
+            let answer = executor.infer_with(&prompt, &reusing(40)).await.unwrap().tokens;
+            let next = [&prompt[..], &answer, &[11, 12]].concat();
+            let wanted = executor.infer_with(&next, &plain(20)).await.unwrap();
+            let found = executor.infer_with(&next, &reusing(20)).await.unwrap();
+            assert!(bits(&found) == bits(&wanted), "{file} with {isa}");
+            let kept = if isa.name() == "amx" && widen_prompts { 90 } else { 90 + 39 };
+            assert_eq!(found.reused_tokens, kept, "{file} with {isa}");
+        }
+    }
 }
 
 #[tokio::test]

@@ -110,6 +110,7 @@ fn rows_of_several_sequences_in_one_micro_batch_are_those_of_each_alone() {
         position,
         len,
         length: position + len,
+        decode: position > 0,
         wanted: Wanted::Logits,
     };
     for id in 0..4 {
@@ -193,6 +194,37 @@ async fn halves_of_f32_have_the_same_bits_in_chunks_batches_and_cuts() {
             let together = cut.infer_batch_with(&prompts, &greedy(8)).await.unwrap();
             let together: Bits = together.iter().map(bits).collect();
             assert!(together == wanted, "{dtype:?} on {devices}, all at once");
+        }
+    }
+}
+
+/// Where there is AMX prompts are computed in another way than decode steps; elsewhere the option changes nothing.
+#[tokio::test]
+async fn widened_prompts_have_the_same_bits_in_chunks_batches_and_cuts() {
+    for file in ["demo-q8_0.gguf", "demo-q4_0.gguf"] {
+        let model = format!("{DEMO_MODEL}/{file}");
+        let executor = async |devices: &str, widen_prompts, prefill_chunk| {
+            let options = PipelineOptions { widen_prompts, ..PipelineOptions::default() };
+            let devices = DeviceSpec::parse_list(devices).unwrap();
+            let pipeline = HeterogeneousPipeline::with_options(&devices, &model, options).unwrap();
+            let options = ExecutorOptions { prefill_chunk, ..ExecutorOptions::default() };
+            HeterogeneousPipelineExecutor::with_options(pipeline, &model, options).await.unwrap()
+        };
+        let stored = run(&executor("cpu", false, 512).await, 8).await;
+        let wanted = run(&executor("cpu", true, 512).await, 8).await;
+        assert_eq!(wanted != stored, Isa::detect().name() == "amx", "{file}");
+        for (devices, prefill_chunk) in
+            [("cpu", 1), ("cpu,cpu", 7), ("cpu@threads=1,cpu@threads=2", 64), ("cpu,cpu,cpu", 50)]
+        {
+            let cut = executor(devices, true, prefill_chunk).await;
+            assert!(run(&cut, 8).await == wanted, "{file} on {devices} in chunks of {prefill_chunk}");
+            assert!(run(&cut, 8).await == wanted, "{file} on {devices} in chunks of {prefill_chunk}, again");
+            assert!(cut.prefix_stats().hits > 0);
+            let prompts = prompts(cut.pipeline().config().vocab_size);
+            let options = GenerationOptions { reuse_prefix: false, ..greedy(8) };
+            let together = cut.infer_batch_with(&prompts, &options).await.unwrap();
+            let together: Bits = together.iter().map(bits).collect();
+            assert!(together == wanted, "{file} on {devices}, all at once");
         }
     }
 }

@@ -152,8 +152,14 @@ impl Whole {
     }
 
     fn logits(&mut self, position: usize, token: u32) -> Result<Vec<f32>> {
-        let slice =
-            SequenceSlice { id: Self::SEQUENCE, position, len: 1, length: position + 1, wanted: Wanted::Logits };
+        let slice = SequenceSlice {
+            id: Self::SEQUENCE,
+            position,
+            len: 1,
+            length: position + 1,
+            decode: true,
+            wanted: Wanted::Logits,
+        };
         let batch = MicroBatch { slices: vec![slice], tokens: vec![token] };
         match self.backend.forward(&batch, None, &mut Watch::off())? {
             StageOutput::Logits(logits) => logits.into_iter().next().context("no logits"),

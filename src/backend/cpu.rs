@@ -40,6 +40,7 @@ struct Stage {
     cpu: Cpu,
     ropes: Arc<Ropes>,
     kv_type: KvType,
+    widen_prompts: bool,
     /// Index of the first layer in the model.
     first: usize,
 }
@@ -62,7 +63,8 @@ impl SequenceKv {
 /// The values of a step. They grow to the largest step and stay.
 #[derive(Default)]
 struct Buffers {
-    x: Vec<f32>, // (rows, hidden_size), the residual stream
+    x: Vec<f32>,         // (rows, hidden_size), the residual stream
+    widened_rows: usize, // how many of the rows, the last ones, meet widened weights
     input: Input,
     q: Values,      // (rows, heads * head_dim)
     k: Values,      // (rows, kv_heads * head_dim)
@@ -76,7 +78,7 @@ struct Buffers {
 
 impl Buffers {
     fn bytes(&self) -> u64 {
-        let Buffers { x, input, q, k, v, gate, up, branch, global, local } = self;
+        let Buffers { x, input, q, k, v, gate, up, branch, global, local, widened_rows: _ } = self;
         let angles = [&global.cos, &global.sin, &local.cos, &local.sin];
         let values: usize = [x].into_iter().chain(angles).map(Vec::capacity).sum();
         let products: u64 = [q, k, v, gate, up, branch].into_iter().map(Values::bytes).sum();
@@ -115,7 +117,7 @@ impl Build for Cpu {
 impl CpuBackend {
     /// Loads a stage tensor by tensor; `progress` hears of bytes as they arrive.
     pub fn load(source: &StageSource, cpu: &Cpu, progress: &dyn Fn(u64)) -> Result<Self> {
-        let StageSource { config, layers, ropes, dense_type, kv_type, .. } = source;
+        let StageSource { config, layers, ropes, dense_type, kv_type, widen_prompts, .. } = source;
         if config.head_dim > MOST_DIMS {
             return Err(Error::Unsupported {
                 what: "head_dim",
@@ -129,6 +131,7 @@ impl CpuBackend {
             cpu: cpu.clone(),
             ropes: ropes.clone(),
             kv_type: *kv_type,
+            widen_prompts: *widen_prompts,
             first: layers.start,
         };
         Ok(CpuBackend { weights, stage, sequences: HashMap::new(), buffers: Buffers::default() })
@@ -151,6 +154,8 @@ impl CpuBackend {
         let CpuBackend { weights, stage, buffers, .. } = self;
         let config = &*stage.config;
         let (rows, hidden) = (batch.tokens.len(), config.hidden_size);
+        let prompt_rows = batch.prompt_rows()?;
+        buffers.widened_rows = if stage.widen_prompts { prompt_rows } else { 0 };
         match (input, &weights.embeddings) {
             (None, Some(table)) => stage.embed(table, &batch.tokens, grown(&mut buffers.x, rows * hidden))?,
             (Some(input), None) => {
@@ -229,10 +234,10 @@ impl Stage {
         let rows = batch.tokens.len();
         let (heads, kv_heads, head_dim) = (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
         let (q_width, kv_width) = (heads * head_dim, kv_heads * head_dim);
-        let Buffers { x, input, q, k, v, branch, global, local, .. } = buffers;
+        let Buffers { x, widened_rows, input, q, k, v, branch, global, local, .. } = buffers;
         let (q, k, v) = (q.room(rows * q_width), k.room(rows * kv_width), v.room(rows * kv_width));
 
-        self.norm_into(&x[..rows * config.hidden_size], &layer.attn_norm, input, rows);
+        self.norm_into(&x[..rows * config.hidden_size], &layer.attn_norm, input, *widened_rows);
         if watch.wants_activations() {
             watch.tap(Tap::PostNorm, input.values());
         }
@@ -272,7 +277,7 @@ impl Stage {
         });
         watch.lap(number, Phase::Rope);
 
-        let mut mixed = input.reset(rows, q_width);
+        let mut mixed = input.reset(rows, *widened_rows, q_width);
         let mut attention = Vec::with_capacity(batch.slices.len());
         let mut start = 0;
         for (slice, kv) in batch.slices.iter().zip(kv) {
@@ -352,9 +357,9 @@ impl Stage {
         let number = Some(self.first + index);
         let (config, isa) = (&*self.config, self.cpu.isa);
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-        let Buffers { x, input, gate, up, branch, .. } = buffers;
+        let Buffers { x, widened_rows, input, gate, up, branch, .. } = buffers;
         let (gate, up) = (gate.room(rows * inner), up.room(rows * inner));
-        self.norm_into(&x[..rows * hidden], &layer.mlp_norm, input, rows);
+        self.norm_into(&x[..rows * hidden], &layer.mlp_norm, input, *widened_rows);
         watch.lap(number, Phase::MlpNorm);
         self.project(input, [(&layer.gate_proj, &mut *gate), (&layer.up_proj, &mut *up)]);
         let activation = match config.activation {
@@ -362,7 +367,7 @@ impl Stage {
             Activation::Gelu => ops::Activation::Gelu,
             Activation::GeluTanh => ops::Activation::GeluTanh,
         };
-        let gated = input.reset(rows, inner);
+        let gated = input.reset(rows, *widened_rows, inner);
         let parts = [RowsMut::new(gated, inner), RowsMut::new(gate, inner), RowsMut::new(up, inner)];
         each_row(&self.cpu.pool, parts, |_, [gated, gate, up]| {
             self.add_bias(gate, &layer.gate_proj);
@@ -394,7 +399,8 @@ impl Stage {
         if rows.is_empty() {
             return Vec::new();
         }
-        let normed = input.reset(rows.len(), config.hidden_size);
+        // Few rows, so of prompts as well they are multiplied as those of decode steps are.
+        let normed = input.reset(rows.len(), 0, config.hidden_size);
         for (row, normed) in rows.iter().zip(normed.chunks_exact_mut(config.hidden_size)) {
             ops::rms_norm(*isa, row, &head.norm, config.rms_norm_eps as f32, normed);
         }
@@ -412,10 +418,10 @@ impl Stage {
     }
 
     /// The norm of `x` as the next products' input; x itself where the model has no norm.
-    fn norm_into(&self, x: &[f32], weight: &Option<Vec<f32>>, input: &mut Input, rows: usize) {
+    fn norm_into(&self, x: &[f32], weight: &Option<Vec<f32>>, input: &mut Input, widened_rows: usize) {
         let hidden = self.config.hidden_size;
         let eps = self.config.rms_norm_eps as f32;
-        let normed = input.reset(rows, hidden);
+        let normed = input.reset(x.len() / hidden, widened_rows, hidden);
         each_row(&self.cpu.pool, [RowsMut::new(normed, hidden)], |row, [normed]| {
             let x = &x[row * hidden..][..hidden];
             match weight {

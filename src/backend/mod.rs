@@ -19,7 +19,7 @@ use candle_core::Tensor;
 use metal_ext::MetalExtOptions;
 
 use crate::device::OpenDevice;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::instrument::{HiddenRow, Watch};
 use crate::kernels::kv::KvType;
 use crate::model::config::DecoderConfig;
@@ -43,6 +43,8 @@ pub struct StageSource {
     pub dense_type: Option<WeightType>,
     /// Type of keys and values on a CPU.
     pub kv_type: KvType,
+    /// Whether a CPU with AMX widens quantised weights for prompts.
+    pub widen_prompts: bool,
     /// How metal-ext's kernels are used on an Apple GPU.
     pub metal: MetalExtOptions,
 }
@@ -75,6 +77,9 @@ pub struct SequenceSlice {
     /// Length of the sequence as far as it is known: the whole prompt in prefill, `position + 1` in decode. Rotary
     /// embeddings that depend on the length ask for it.
     pub length: usize,
+    /// Whether this is a decode step, rather than rows of a prompt. A backend may compute the two in different ways, each
+    /// of which gives a row the same bits whatever else is in the micro-batch.
+    pub decode: bool,
     /// What is wanted of the last row.
     pub wanted: Wanted,
 }
@@ -100,10 +105,21 @@ impl SequenceSlice {
 /// Rows of one or more sequences that pass through the stages together.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct MicroBatch {
-    /// The runs, in the order of the rows.
+    /// The runs, in the order of the rows: decode steps before those of prompts.
     pub slices: Vec<SequenceSlice>,
     /// Token ids, one a row.
     pub tokens: Vec<u32>,
+}
+
+impl MicroBatch {
+    /// How many of the rows, the last ones, are of prompts. An error if decode steps are behind them.
+    pub fn prompt_rows(&self) -> Result<usize> {
+        let prompts = self.slices.iter().skip_while(|slice| slice.decode);
+        if prompts.clone().any(|slice| slice.decode) {
+            return Err(Error::Tensors("a micro-batch with decode steps behind rows of prompts".into()));
+        }
+        Ok(prompts.map(|slice| slice.len).sum())
+    }
 }
 
 /// What a stage passes on.

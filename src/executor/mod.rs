@@ -290,7 +290,7 @@ impl HeterogeneousPipelineExecutor {
         let failed = Arc::new(OnceLock::new());
         let (to_scheduler, scheduler_inbox) = std::sync::mpsc::channel();
         let stopping = Arc::default();
-        let limits = limits(&pipeline, &options);
+        let limits = limits(&pipeline, &options)?;
         if options.probe.is_on() {
             let facts = Arc::new(pipeline.facts(limits.kv_positions)?);
             options.probe.emit(|| Event::ModelOpened(facts));
@@ -659,12 +659,12 @@ async fn collect(mut stream: GenerationStream) -> Result<Generation> {
 }
 
 /// What the scheduler may do, from the plan and the options.
-fn limits(pipeline: &HeterogeneousPipeline, options: &ExecutorOptions) -> Limits {
+fn limits(pipeline: &HeterogeneousPipeline, options: &ExecutorOptions) -> Result<Limits> {
     let config = pipeline.config();
     let kv_positions = |stage: &StagePlan| stage.kv_budget / stage.kv_bytes_per_token.max(1);
     let scaling = &config.rope.scaling;
     let micro_batches = options.micro_batches.unwrap_or(pipeline.stages().len());
-    Limits {
+    Ok(Limits {
         context_length: pipeline.context_length(),
         prefill_chunk: options.prefill_chunk,
         token_budget: options.token_budget,
@@ -673,6 +673,7 @@ fn limits(pipeline: &HeterogeneousPipeline, options: &ExecutorOptions) -> Limits
         max_sequences: options.max_sequences,
         kv_positions: pipeline.stages().iter().map(kv_positions).min().unwrap_or(0) as usize,
         prefix_cache: options.prefix_cache,
+        share_generated: pipeline.decodes_like_prompts()?,
         eos_token_ids: config.eos_token_ids.clone(),
         recompute_at: match scaling {
             RopeScaling::LongRope { original_max_position_embeddings, .. } => {
@@ -684,7 +685,7 @@ fn limits(pipeline: &HeterogeneousPipeline, options: &ExecutorOptions) -> Limits
             RopeScaling::Dynamic { original_max_position_embeddings, .. } => Some(original_max_position_embeddings + 1),
             _ => None,
         },
-    }
+    })
 }
 
 struct Stages {

@@ -33,9 +33,6 @@ pub struct InputBlock {
 /// Rows of a tile.
 pub const TILE: usize = 16;
 
-/// Blocks behind the last: tiles are read wherever the rows end.
-pub const BEHIND: usize = 4 * TILE;
-
 /// 32 columns of a row in BF16: a row of a tile, which is one cache line.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 #[repr(C, align(64))]
@@ -48,13 +45,15 @@ pub enum Cut {
     Rounded,
     /// Values are the sum of two BF16, see [`halves`].
     Halved,
+    /// Those of the rows that meet widened weights are rounded, others left out.
+    Widened,
 }
 
 impl Cut {
     /// Tiles that a tile's values take.
     pub fn parts(self) -> usize {
         match self {
-            Cut::Rounded => 1,
+            Cut::Rounded | Cut::Widened => 1,
             Cut::Halved => 2,
         }
     }
@@ -64,12 +63,23 @@ impl Cut {
 #[derive(Clone, Copy)]
 pub struct TileRows<'a> {
     lines: &'a [TileRow],
+    first: usize,
     rows: usize,
     steps: usize,
     cut: Cut,
 }
 
 impl TileRows<'_> {
+    /// The input's row that is the first here.
+    pub fn first(&self) -> usize {
+        self.first
+    }
+
+    /// How many rows there are.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
     /// Tiles that the rows make.
     pub fn chunks(&self) -> usize {
         self.rows.div_ceil(TILE)
@@ -97,13 +107,14 @@ impl TileRows<'_> {
 #[derive(Default)]
 pub struct Input {
     rows: usize,
+    widened_rows: usize,
     columns: usize,
     values: Vec<f32>,        // (rows, columns)
-    blocks: Vec<InputBlock>, // (columns / BLOCK, rows)
-    quantised: bool,
+    blocks: Vec<InputBlock>, // (columns / BLOCK, `quantised`)
+    quantised: usize,
     pairs: Vec<[bf16; 2]>, // (rows, columns / 2, rounded up)
     rounded: bool,
-    tiles: [Tiles; 2], // by `Cut`
+    tiles: [Tiles; 3], // by `Cut`
     halves: Vec<f32>,  // (2, columns)
     halved: bool,
 }
@@ -116,9 +127,12 @@ struct Tiles {
 }
 
 impl Input {
-    /// Makes room for `rows` rows of `columns` values and lends them for writing; what was in them is unspecified.
-    pub fn reset(&mut self, rows: usize, columns: usize) -> &mut [f32] {
-        (self.rows, self.columns, self.quantised, self.rounded, self.halved) = (rows, columns, false, false, false);
+    /// Makes room for `rows` rows of `columns` values and lends them for writing; what was in them is unspecified. The last
+    /// `widened_rows` of them meet quantised weights that are widened, where there are tiles.
+    pub fn reset(&mut self, rows: usize, widened_rows: usize, columns: usize) -> &mut [f32] {
+        assert!(widened_rows <= rows, "{widened_rows} of {rows} rows");
+        (self.rows, self.widened_rows, self.columns) = (rows, widened_rows, columns);
+        (self.quantised, self.rounded, self.halved) = (0, false, false);
         self.tiles.iter_mut().for_each(|tiles| tiles.made = false);
         if self.values.len() < rows * columns {
             self.values.resize(rows * columns, 0.0);
@@ -140,6 +154,11 @@ impl Input {
         self.rows
     }
 
+    /// The first that meets widened weights.
+    pub fn first_widened(&self) -> usize {
+        self.rows - self.widened_rows
+    }
+
     /// Their length.
     pub fn columns(&self) -> usize {
         self.columns
@@ -155,24 +174,17 @@ impl Input {
         &mut self.values[..self.rows * self.columns]
     }
 
-    /// The rows in 8 bits: block `b` of row `i` at `b * rows + i`, so that a product that goes through the columns of a
-    /// matrix once reads them in order. Empty until they have been made.
+    /// The first rows in 8 bits, as many as have been asked for: block `b` of row `i` at `b * rows + i`, so that a product
+    /// that goes through the columns of a matrix once reads them in order. Empty until they have been made.
     pub fn blocks(&self) -> &[InputBlock] {
-        let count = if self.quantised { self.columns / BLOCK * self.rows } else { 0 };
-        &self.blocks[..count]
+        &self.blocks[..self.columns / BLOCK * self.quantised]
     }
 
-    /// The same with [`BEHIND`] more, whatever is in them.
-    pub fn blocks_and_more(&self) -> &[InputBlock] {
-        let count = if self.quantised { self.columns / BLOCK * self.rows + BEHIND } else { 0 };
-        &self.blocks[..count]
-    }
-
-    /// Makes the 8-bit blocks. The length of the rows must be a multiple of [`BLOCK`].
-    pub fn quantise(&mut self, pool: &Pool, isa: Isa) {
+    /// Makes the 8-bit blocks of the first rows. The length of the rows must be a multiple of [`BLOCK`].
+    pub fn quantise(&mut self, pool: &Pool, isa: Isa, rows: usize) {
         assert!(self.columns.is_multiple_of(BLOCK), "rows of {} values are no whole blocks", self.columns);
-        let (rows, columns) = (self.rows, self.columns);
-        let count = columns / BLOCK * rows + BEHIND;
+        let columns = self.columns;
+        let count = columns / BLOCK * rows;
         if self.blocks.len() < count {
             self.blocks.resize(count, InputBlock::default());
         }
@@ -190,7 +202,7 @@ impl Input {
             true => (0..rows).for_each(row),
             false => pool.for_each(rows, row),
         }
-        self.quantised = true;
+        self.quantised = rows;
     }
 
     /// The rows in BF16, two columns together, the last one of an odd number with a zero. Empty until they have been made.
@@ -224,14 +236,21 @@ impl Input {
 
     /// The rows in BF16 by sixteen, for tiles. `None` until they have been made.
     pub fn tiles(&self, cut: Cut) -> Option<TileRows<'_>> {
-        let (rows, steps) = (self.rows, self.columns.div_ceil(BLOCK));
+        let first = self.first(cut);
+        let (rows, steps) = (self.rows - first, self.columns.div_ceil(BLOCK));
         let Tiles { lines, made } = &self.tiles[cut as usize];
-        (*made && rows > 0).then_some(TileRows { lines, rows, steps, cut })
+        (*made && rows > 0).then_some(TileRows { lines, first, rows, steps, cut })
+    }
+
+    /// The first row that is cut.
+    fn first(&self, cut: Cut) -> usize {
+        if cut == Cut::Widened { self.first_widened() } else { 0 }
     }
 
     /// Makes the tiles.
     pub fn cut(&mut self, pool: &Pool, isa: Isa, cut: Cut) {
-        let (rows, columns) = (self.rows, self.columns);
+        let (first, columns) = (self.first(cut), self.columns);
+        let rows = self.rows - first;
         let steps = columns.div_ceil(BLOCK);
         let chunks = rows.div_ceil(TILE);
         let padded = if chunks > 2 { chunks * TILE } else { rows };
@@ -240,7 +259,7 @@ impl Input {
             lines.resize(cut.parts() * padded * steps, TileRow::default());
         }
         *made = true;
-        let values = &self.values;
+        let values = &self.values[first * columns..];
         let lines = Lines(lines.as_mut_ptr());
         let row = |row: usize| {
             let lines = &lines;
@@ -259,7 +278,7 @@ impl Input {
                     // SAFETY: there are lines for the parts of `padded` rows, and each row has its own.
                     unsafe {
                         match cut {
-                            Cut::Rounded => lines.0.add(line).write(TileRow(x.map(to_bf16))),
+                            Cut::Rounded | Cut::Widened => lines.0.add(line).write(TileRow(x.map(to_bf16))),
                             Cut::Halved => {
                                 let halves = x.map(halves);
                                 lines.0.add(line).write(TileRow(halves.map(|[high, _]| to_bf16(high))));
@@ -377,7 +396,7 @@ mod tests {
         let mut made = Vec::new();
         for isa in Isa::available() {
             let mut input = Input::default();
-            let values = input.reset(rows, columns);
+            let values = input.reset(rows, 0, columns);
             for (i, v) in values.iter_mut().enumerate() {
                 *v = ((i * 7919 + 13) % 2003) as f32 / 1001.5 - 1.0;
             }
@@ -385,7 +404,7 @@ mod tests {
             values[40] = 1e30;
             values[70] = -1e-38;
             values[96..128].fill(1e-40);
-            input.quantise(&pool, isa);
+            input.quantise(&pool, isa, rows);
             for i in 0..rows {
                 for b in 0..columns / BLOCK {
                     let block = &input.blocks()[b * rows + i];

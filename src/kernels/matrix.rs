@@ -3,9 +3,14 @@
 //! A matrix is held once: in the bytes of its stored type, reordered when it is loaded. The product goes through a
 //! group's columns in order, for all inputs at once, so that weights are read from memory in the order they lie there and
 //! unpacked once for all inputs. Each result is the same chain of operations whatever the number of inputs, threads or
-//! the instruction set (but for BF16 and F16 on AMX): a row computed in a batch has the bits of the row computed alone.
+//! the instruction set: a row computed in a batch has the bits of the row computed alone.
+//!
+//! On AMX that holds as well, but BF16 and F16 have chains of their own there, see [`rounded`](super::tiles::rounded), and so
+//! have quantised weights for rows that ask for widened ones, where multiplications count rather than bytes.
 
 mod dense;
+
+use std::ops::Range;
 
 use half::{bf16, f16};
 
@@ -16,14 +21,14 @@ use super::input::{Cut, Input, InputBlock};
 use super::pool::Pool;
 use super::simd::{Isa, Kernel, LANES, Simd};
 #[cfg(target_arch = "x86_64")]
-use super::tiles;
+use super::tiles::rounded::{self, Alone, Stored};
 use crate::weights::WeightType;
 
 /// Multiplications below which waking other threads costs more than it saves.
 const PARALLEL_FROM: usize = 1 << 15;
 
 /// Inputs that a group is multiplied with at a time: their 8-bit blocks, a cache line each, stay in a core's caches.
-pub(super) const INPUT_TILE: usize = 128;
+const INPUT_TILE: usize = 128;
 
 /// Parts that a thread's share of a product is handed out in, so that a thread that is held up holds up little.
 const PARTS: usize = 6;
@@ -169,6 +174,11 @@ fn needs_blocks(dtype: WeightType) -> bool {
     !dtype.is_dense()
 }
 
+/// Of how many rows, from the first on.
+fn rows_in_blocks(input: &Input, isa: Isa) -> usize {
+    if isa.has_tiles() { input.first_widened() } else { input.rows() }
+}
+
 /// Whether they read its pairs, see [`Input::round`].
 fn needs_pairs(dtype: WeightType, isa: Isa) -> bool {
     dtype == WeightType::BF16 && !isa.has_tiles()
@@ -176,11 +186,13 @@ fn needs_pairs(dtype: WeightType, isa: Isa) -> bool {
 
 /// How the tiles that they read are cut, see [`Input::cut`], unless [`reads_halves`].
 fn needs_tiles(dtype: WeightType, isa: Isa) -> Option<Cut> {
-    match dtype {
-        WeightType::BF16 => Some(Cut::Rounded).filter(|_| isa.has_tiles()),
-        WeightType::F16 => Some(Cut::Halved).filter(|_| isa.has_tiles()),
-        _ => None,
-    }
+    let cut = match dtype {
+        WeightType::F32 => None,
+        WeightType::BF16 => Some(Cut::Rounded),
+        WeightType::F16 => Some(Cut::Halved),
+        _ => Some(Cut::Widened),
+    };
+    cut.filter(|_| isa.has_tiles())
 }
 
 /// Whether they read [`Input::halves`] instead of tiles: a single row is faster without those.
@@ -192,12 +204,12 @@ impl Input {
     /// Makes the forms that products with matrices of these types read, besides the values.
     pub fn prepare(&mut self, pool: &Pool, isa: Isa, dtypes: impl Iterator<Item = WeightType> + Clone) {
         if dtypes.clone().any(needs_blocks) {
-            self.quantise(pool, isa);
+            self.quantise(pool, isa, rows_in_blocks(self, isa));
         }
         if dtypes.clone().any(|dtype| needs_pairs(dtype, isa)) {
             self.round(pool, isa);
         }
-        for cut in [Cut::Rounded, Cut::Halved] {
+        for cut in [Cut::Rounded, Cut::Halved, Cut::Widened] {
             if dtypes.clone().any(|dtype| needs_tiles(dtype, isa) == Some(cut)) {
                 match reads_halves(cut, self.rows()) {
                     true => self.halve(isa),
@@ -215,7 +227,8 @@ pub fn multiply(pool: &Pool, isa: Isa, input: &Input, products: &mut [Product]) 
         let (n, k) = (product.matrix.n, product.matrix.k);
         assert!(k == input.columns() && product.out.len() == m * n, "product of {m} inputs with wrong sizes");
         let blocks = input.blocks().len();
-        assert!(!needs_blocks(product.matrix.dtype) || blocks == k / SUB * m, "the input has not been quantised");
+        let wanted = k / SUB * rows_in_blocks(input, isa);
+        assert!(!needs_blocks(product.matrix.dtype) || blocks == wanted, "the input has not been quantised");
         let pairs = input.pairs().len();
         assert!(
             !needs_pairs(product.matrix.dtype, isa) || pairs == k.div_ceil(2) * m,
@@ -223,7 +236,7 @@ pub fn multiply(pool: &Pool, isa: Isa, input: &Input, products: &mut [Product]) 
         );
         let is_cut = |cut| match reads_halves(cut, m) {
             true => input.halves().len() == 2 * k,
-            false => input.tiles(cut).is_some(),
+            false => input.tiles(cut).is_some() || cut == Cut::Widened && input.first_widened() == m,
         };
         assert!(m == 0 || needs_tiles(product.matrix.dtype, isa).is_none_or(is_cut), "the input has not been cut");
     }
@@ -266,48 +279,61 @@ impl Task<'_> {
         let group_bytes = data.as_slice().len() / n.div_ceil(LANES);
         let weights = data.as_slice()[self.first * group_bytes..].as_ptr();
         with_format!(dtype, F => {
-            for start in (0..m).step_by(INPUT_TILE) {
-                let kernel = Quantised::<F> {
-                    weights,
-                    input: self.input.blocks_and_more(),
-                    m,
-                    start,
-                    tile: INPUT_TILE.min(m - start),
-                    out: self.out,
-                    first: self.first,
-                    count: self.count,
-                    n: *n,
-                    k: *k,
-                    format: std::marker::PhantomData,
-                };
-                #[cfg(target_arch = "x86_64")]
-                if self.isa.has_tiles() && kernel.tile >= tiles::FROM {
-                    // SAFETY: the CPU has tiles; else as below.
-                    unsafe { tiles::run(&kernel) };
-                    continue;
-                }
-                // SAFETY: `multiply` has checked the sizes; no other task has these groups.
-                unsafe {
-                    match kernel.tile < PAIRED_FROM {
-                        true => self.isa.run(kernel),
-                        false => self.isa.run(Paired(kernel)),
+            let m = rows_in_blocks(self.input, self.isa);
+            let blocks = |groups: Range<usize>| {
+                for start in (0..m).step_by(INPUT_TILE) {
+                    let kernel = Quantised::<F> {
+                        weights: weights.wrapping_add(groups.start * group_bytes),
+                        input: self.input.blocks(),
+                        m,
+                        start,
+                        tile: INPUT_TILE.min(m - start),
+                        out: self.out,
+                        first: self.first + groups.start,
+                        count: groups.len(),
+                        n: *n,
+                        k: *k,
+                        format: std::marker::PhantomData,
+                    };
+                    // SAFETY: `multiply` has checked the sizes; no other task has these groups.
+                    unsafe {
+                        match kernel.tile < PAIRED_FROM {
+                            true => self.isa.run(kernel),
+                            false => self.isa.run(Paired(kernel)),
+                        }
                     }
                 }
+            };
+            #[cfg(target_arch = "x86_64")]
+            if let Some(tiles) = self.tiles(Cut::Widened, Stored::Quantised(rounded::widen::<F>)) {
+                // Where there are both, in turns: the tiles' work is the time in which memory brings the next groups.
+                let together = if m == 0 { self.count } else { 2 };
+                for first in (0..self.count).step_by(together) {
+                    let groups = first..self.count.min(first + together);
+                    blocks(groups.clone());
+                    // SAFETY: the CPU has tiles; else as above.
+                    unsafe { tiles.run(groups) };
+                }
+                return;
             }
+            blocks(0..self.count);
         }, dense => {
             #[cfg(target_arch = "x86_64")]
-            if let Some(cut) = needs_tiles(*dtype, self.isa) {
-                let (out, first, count, n, k) = (self.out, self.first, self.count, *n, *k);
-                if reads_halves(cut, m) {
-                    let halves = self.input.halves();
-                    let product = tiles::rounded::Alone { weights, halves, out, first, count, n, k };
-                    // SAFETY: the CPU has AVX-512; else as below.
+            {
+                if *dtype == WeightType::F16 && self.isa.has_tiles() && reads_halves(Cut::Halved, m) {
+                    let (out, first, count, n, k) = (self.out, self.first, self.count, *n, *k);
+                    let product = Alone { weights, halves: self.input.halves(), out, first, count, n, k };
+                    // SAFETY: the CPU has AVX-512; else as above.
                     return unsafe { product.run() };
                 }
-                if let Some(inputs) = self.input.tiles(cut) {
-                    let product = tiles::rounded::Rounded { weights, inputs, m, out, first, count, n, k };
-                    // SAFETY: the CPU has tiles; else as below.
-                    return unsafe { tiles::rounded::run(&product) };
+                let tiles = match dtype {
+                    WeightType::BF16 => self.tiles(Cut::Rounded, Stored::Bf16),
+                    WeightType::F16 => self.tiles(Cut::Halved, Stored::F16),
+                    _ => None,
+                };
+                if let Some(tiles) = tiles {
+                    // SAFETY: the CPU has tiles; else as above.
+                    return unsafe { tiles.run(0..self.count) };
                 }
             }
             let kernel = Dense {
@@ -332,6 +358,18 @@ impl Task<'_> {
                 }
             }
         });
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Task<'_> {
+    /// The product of the rows that are cut in this way, if there are tiles and such rows.
+    fn tiles(&self, cut: Cut, stored: Stored) -> Option<rounded::Rounded<'_>> {
+        let Matrix { n, k, data, .. } = self.matrix;
+        let inputs = self.input.tiles(cut).filter(|_| self.isa.has_tiles())?;
+        let group_bytes = data.as_slice().len() / n.div_ceil(LANES);
+        let weights = data.as_slice()[self.first * group_bytes..].as_ptr();
+        Some(rounded::Rounded { weights, stored, group_bytes, inputs, out: self.out, first: self.first, n: *n, k: *k })
     }
 }
 
@@ -365,7 +403,7 @@ fn interleave<const SIZE: usize>(row: &[u8], lane: usize, packed: &mut [u8]) {
 
 /// Writes a group's results for one input, leaving out the rows of zeros behind the last.
 #[inline(always)]
-pub(super) unsafe fn put<S: Simd>(results: S::F, out: *mut f32, row: usize, n: usize) {
+unsafe fn put<S: Simd>(results: S::F, out: *mut f32, row: usize, n: usize) {
     // SAFETY: `out` has `n` values from here on; a whole vector is written only where it fits.
     unsafe {
         if row + LANES <= n {
@@ -379,18 +417,18 @@ pub(super) unsafe fn put<S: Simd>(results: S::F, out: *mut f32, row: usize, n: u
 }
 
 /// Groups of a quantised matrix with inputs `start..start + tile` of `m`.
-pub(super) struct Quantised<'a, F> {
-    pub weights: *const u8,
-    pub input: &'a [InputBlock],
-    pub m: usize,
-    pub start: usize,
-    pub tile: usize,
-    pub out: *mut f32,
-    pub first: usize,
-    pub count: usize,
-    pub n: usize,
-    pub k: usize,
-    pub format: std::marker::PhantomData<F>,
+struct Quantised<'a, F> {
+    weights: *const u8,
+    input: &'a [InputBlock],
+    m: usize,
+    start: usize,
+    tile: usize,
+    out: *mut f32,
+    first: usize,
+    count: usize,
+    n: usize,
+    k: usize,
+    format: std::marker::PhantomData<F>,
 }
 
 impl<F: Format> Kernel for Quantised<'_, F> {
@@ -588,12 +626,7 @@ fn start<F: Format>(x: &InputBlock, half: usize, signed: i32) -> i32 {
 /// # Safety
 /// As [`Simd`].
 #[inline(always)]
-pub(super) unsafe fn add_sub<S: Simd, F: Format>(
-    mut acc: S::F,
-    dots: [S::I; 2],
-    x: &InputBlock,
-    scales: &Scales<S>,
-) -> S::F {
+unsafe fn add_sub<S: Simd, F: Format>(mut acc: S::F, dots: [S::I; 2], x: &InputBlock, scales: &Scales<S>) -> S::F {
     // SAFETY: this function's condition.
     unsafe {
         let unit = S::splat(x.scale);
@@ -639,16 +672,14 @@ mod tests {
         (wide, Matrix::pack(&pool, dtype, &shifted[1..], n, k).unwrap())
     }
 
-    fn inputs(m: usize, k: usize, pool: &Pool, isa: Isa) -> Input {
+    /// The last `widened_rows` of `m` meet widened weights.
+    fn inputs(m: usize, widened_rows: usize, k: usize, pool: &Pool, isa: Isa) -> Input {
         let mut input = Input::default();
-        for (i, v) in input.reset(m, k).iter_mut().enumerate() {
+        for (i, v) in input.reset(m, widened_rows, k).iter_mut().enumerate() {
             *v = ((i * 31 + 7) % 257) as f32 / 128.5 - 1.0;
         }
-        if k.is_multiple_of(SUB) {
-            input.quantise(pool, isa);
-        }
         input.round(pool, isa);
-        input.prepare(pool, isa, WeightType::ALL.into_iter().filter(|dtype| dtype.is_dense()));
+        input.prepare(pool, isa, WeightType::ALL.into_iter().filter(|dtype| dtype.is_dense() || k.is_multiple_of(SUB)));
         input
     }
 
@@ -689,22 +720,25 @@ mod tests {
             for (n, k) in sizes(dtype) {
                 let (wide, matrix) = matrix(dtype, n, k);
                 for isa in Isa::available() {
-                    for m in [1, 2, 3, 5, 6, 7, 13] {
-                        let input = inputs(m, k, &pool, isa);
+                    for (m, widened_rows) in
+                        [1, 2, 3, 5, 6, 7, 13].into_iter().flat_map(|m: usize| [(m, 0), (m, m.div_ceil(2))])
+                    {
+                        let input = inputs(m, widened_rows, k, &pool, isa);
                         let out = product(&matrix, &input, &pool, isa);
                         for i in 0..m {
                             // What the product sees of the input.
+                            let widened = i >= rows_in_blocks(&input, isa) && needs_blocks(dtype);
                             let x: Vec<f64> = match dtype {
                                 WeightType::F32 | WeightType::F16 => {
                                     input.values()[i * k..][..k].iter().map(|&v| v as f64).collect()
                                 }
-                                WeightType::BF16 => {
+                                dtype if dtype == WeightType::BF16 || widened => {
                                     let pairs = &input.pairs()[i * k.div_ceil(2)..][..k.div_ceil(2)];
                                     pairs.as_flattened()[..k].iter().map(|v| v.to_f64()).collect()
                                 }
                                 _ => (0..k)
                                     .map(|c| {
-                                        let block = &input.blocks()[c / SUB * m + i];
+                                        let block = &input.blocks()[c / SUB * rows_in_blocks(&input, isa) + i];
                                         block.values[c % SUB] as f64 * block.scale as f64
                                     })
                                     .collect(),
@@ -719,11 +753,13 @@ mod tests {
                                 let part = match needs_tiles(dtype, isa) {
                                     // What is cut off an input, and the product that is left out.
                                     Some(Cut::Halved) => 2f64.powi(-17) + 2f64.powi(-16),
+                                    // What a weight is rounded by.
+                                    Some(Cut::Widened) if widened => 2f64.powi(-9) + 3e-6,
                                     _ => 3e-6,
                                 };
                                 assert!(
                                     (found - want).abs() <= part * size + 1e-6,
-                                    "{dtype} {isa} m={m} n={n} k={k} [{i},{j}]: {found} for {want}"
+                                    "{dtype} {isa} m={m}, {widened_rows} widened, n={n} k={k} [{i},{j}]: {found} for {want}"
                                 );
                             }
                         }
@@ -742,21 +778,32 @@ mod tests {
             let odd = if dtype.is_dense() { 1281 } else { 1280 };
             for (n, k, m, some) in [(83, 256, 140, &[0, 1, 6, 77, 127, 128, 139][..]), (83, odd, 20, &[0, 5, 6, 19])] {
                 let (_, matrix) = matrix(dtype, n, k);
-                let together = |isa| product(&matrix, &inputs(m, k, &three, isa), &three, isa);
-                let everywhere = together(Isa::SCALAR);
-                for isa in Isa::available() {
-                    let all = inputs(m, k, &three, isa);
-                    // Tiles add BF16 and F16 up in another order, but alone and in a batch in the same.
-                    let together = if needs_tiles(dtype, isa).is_some() { together(isa) } else { everywhere.clone() };
+                let together =
+                    |isa, widened_rows| product(&matrix, &inputs(m, widened_rows, k, &three, isa), &three, isa);
+                let everywhere = together(Isa::SCALAR, 0);
+                // None of the rows widened, all, and both: few and many of each.
+                for (isa, widened_rows) in
+                    Isa::available().into_iter().flat_map(|isa| [0, 2, m / 2, m - 1, m].map(|rows| (isa, rows)))
+                {
+                    let all = inputs(m, widened_rows, k, &three, isa);
+                    let found = together(isa, widened_rows);
                     for &i in some {
                         let mut alone = Input::default();
-                        alone.reset(1, k).copy_from_slice(&all.values()[i * k..][..k]);
+                        let widened = i >= m - widened_rows;
+                        alone.reset(1, usize::from(widened), k).copy_from_slice(&all.values()[i * k..][..k]);
                         alone.prepare(&one, isa, [dtype].into_iter());
                         let out = product(&matrix, &alone, &one, isa);
-                        assert_eq!(bits(&out), bits(&together[i * n..][..n]), "{dtype} {isa} input {i} of {m}");
+                        let what = format!("{dtype} {isa} input {i} of {m}, {widened_rows} widened");
+                        assert_eq!(bits(&out), bits(&found[i * n..][..n]), "{what}");
+                        // Tiles have an order of their own.
+                        if needs_tiles(dtype, isa).is_none_or(|cut| cut == Cut::Widened && !widened) {
+                            assert_eq!(
+                                bits(&out),
+                                bits(&everywhere[i * n..][..n]),
+                                "{what}, on another instruction set"
+                            );
+                        }
                     }
-                    let together_too = product(&matrix, &all, &three, isa);
-                    assert_eq!(bits(&together_too), bits(&together), "{dtype} {isa} {m} inputs");
                 }
             }
         }
@@ -768,7 +815,7 @@ mod tests {
         let isa = Isa::detect();
         let (_, a) = matrix(WeightType::Q4_0, 70, 128);
         let (_, b) = matrix(WeightType::F16, 17, 128);
-        let input = inputs(9, 128, &pool, isa);
+        let input = inputs(9, 4, 128, &pool, isa);
         let (mut out_a, mut out_b) = (vec![0f32; 9 * 70], vec![0f32; 9 * 17]);
         let products = &mut [Product { matrix: &a, out: &mut out_a }, Product { matrix: &b, out: &mut out_b }];
         multiply(&pool, isa, &input, products);
@@ -781,13 +828,15 @@ mod tests {
         for isa in Isa::available() {
             for dtype in WeightType::ALL {
                 let (_, matrix) = matrix(dtype, 3, 256);
-                let mut input = inputs(1, 256, &pool, isa);
-                input.values_mut()[..4].copy_from_slice(&[f32::MAX / 1e6, -1e30, 1e-40, 0.0]);
-                input.prepare(&pool, isa, [dtype].into_iter());
-                assert!(product(&matrix, &input, &pool, isa).iter().all(|v| v.is_finite()), "{dtype} {isa}");
-                input.values_mut()[5] = f32::INFINITY;
-                input.prepare(&pool, isa, [dtype].into_iter());
-                assert!(product(&matrix, &input, &pool, isa).iter().all(|v| !v.is_finite()), "{dtype} {isa}");
+                for widened_rows in [0, 1] {
+                    let mut input = inputs(1, widened_rows, 256, &pool, isa);
+                    input.values_mut()[..4].copy_from_slice(&[f32::MAX / 1e6, -1e30, 1e-40, 0.0]);
+                    input.prepare(&pool, isa, [dtype].into_iter());
+                    assert!(product(&matrix, &input, &pool, isa).iter().all(|v| v.is_finite()), "{dtype} {isa}");
+                    input.values_mut()[5] = f32::INFINITY;
+                    input.prepare(&pool, isa, [dtype].into_iter());
+                    assert!(product(&matrix, &input, &pool, isa).iter().all(|v| !v.is_finite()), "{dtype} {isa}");
+                }
             }
         }
     }

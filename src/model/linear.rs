@@ -140,7 +140,7 @@ impl Matrix {
                 let values = x.flatten_all()?.to_vec1::<f32>()?;
                 let rows = values.len() / matrix.columns();
                 let mut input = Input::default();
-                input.reset(rows, matrix.columns()).copy_from_slice(&values);
+                input.reset(rows, 0, matrix.columns()).copy_from_slice(&values);
                 input.prepare(&cpu.pool, cpu.isa, std::iter::once(matrix.dtype()));
                 let mut out = vec![0f32; rows * matrix.rows()];
                 matrix::multiply(&cpu.pool, cpu.isa, &input, &mut [Product { matrix, out: &mut out }]);

@@ -189,6 +189,8 @@ pub struct Subject<'a> {
     pub dense_type: Option<WeightType>,
     /// Type of keys and values on a CPU.
     pub kv_type: KvType,
+    /// As [`PipelineOptions`](super::PipelineOptions::widen_prompts) has it.
+    pub widen_prompts: bool,
     /// How metal-ext's kernels are used on Apple GPUs.
     pub metal: MetalExtOptions,
     /// Positions of a sequence. Decode steps are measured in the middle, where a sequence that fills its context is on
@@ -246,7 +248,10 @@ impl Subject<'_> {
     /// What makes a difference on one and the same device.
     fn computes_with(&self, device: &OpenDevice) -> String {
         match (&device.cpu, device.spec) {
-            (Some(cpu), _) => format!(", {}, KV {}", cpu.isa, self.kv_type),
+            (Some(cpu), _) => {
+                let widened = if self.widen_prompts { ", widened prompts" } else { "" };
+                format!(", {}, KV {}{widened}", cpu.isa, self.kv_type)
+            }
             (None, DeviceSpec::Metal(_)) => format!(", {:?}", self.metal),
             (None, _) => String::new(),
         }
@@ -414,6 +419,7 @@ impl Subject<'_> {
             ropes: ropes.clone(),
             dense_type: self.dense_type,
             kv_type: self.kv_type,
+            widen_prompts: self.widen_prompts,
             metal: self.metal,
         };
         let mut backend = stage.load(&|_| {})?;
@@ -469,7 +475,7 @@ impl Bench<'_> {
     /// Seconds of a decode step of `rows` sequences, whose earlier positions hold zeros.
     fn decode(&mut self, rows: usize, wanted: Wanted) -> Result<f64> {
         let (position, length) = (self.depth, self.depth + 1);
-        let slice = |id| SequenceSlice { id: SequenceId(id as u64), position, len: 1, length, wanted };
+        let slice = |id| SequenceSlice { id: SequenceId(id as u64), position, len: 1, length, decode: true, wanted };
         self.seconds((0..rows).map(slice).collect())
     }
 
@@ -477,7 +483,7 @@ impl Bench<'_> {
     fn prefill(&mut self) -> Result<f64> {
         let len = self.prefill_rows;
         let wanted = Wanted::Nothing;
-        self.seconds(vec![SequenceSlice { id: SequenceId(0), position: 0, len, length: len, wanted }])
+        self.seconds(vec![SequenceSlice { id: SequenceId(0), position: 0, len, length: len, decode: false, wanted }])
     }
 
     fn seconds(&mut self, slices: Vec<SequenceSlice>) -> Result<f64> {

@@ -83,6 +83,10 @@ pub struct PipelineOptions {
     pub metal: MetalExtOptions,
     /// Instructions that CPU stages use, one of [`Isa::available`]. `None` takes the best.
     pub isa: Option<Isa>,
+    /// Whether CPU stages with AMX widen quantised weights to BF16 for prompts. Long prompts are computed in half to two
+    /// thirds of the time, and at least as exactly, but with other bits than on other CPUs. Where sequences decode
+    /// meanwhile, prompts take longer and so do their steps, since these do without: for one sequence at a time.
+    pub widen_prompts: bool,
 }
 
 /// One stage of a plan.
@@ -221,6 +225,21 @@ impl HeterogeneousPipeline {
         Ok((self.config.kv_elements_per_token() * dtype.size_in_bytes()) as u64)
     }
 
+    /// Whether a decode step leaves the keys and values, to the bit, that a prompt's rows would. It does not where these
+    /// meet widened weights.
+    pub(crate) fn decodes_like_prompts(&self) -> Result<bool> {
+        let mut cpus = self.devices.iter().filter_map(|device| device.cpu.as_ref());
+        if !self.options.widen_prompts || !cpus.any(|cpu| cpu.isa.has_tiles()) {
+            return Ok(true);
+        }
+        for name in self.source.names().iter().filter(|name| name.starts_with("layers.")) {
+            if self.source.meta(name)?.is_some_and(|meta| !meta.dtype.is_dense()) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// What a plan is made from, with costs of nothing.
     fn problem(&self, workload: Workload) -> Result<Problem> {
         let layers = self.config.num_hidden_layers;
@@ -256,6 +275,7 @@ impl HeterogeneousPipeline {
             config: &self.config,
             dense_type: self.options.dtype,
             kv_type: self.options.kv_type,
+            widen_prompts: self.options.widen_prompts,
             metal: self.options.metal,
             context: workload.context,
             sequences: workload.sequences,
@@ -395,6 +415,7 @@ impl HeterogeneousPipeline {
             ropes: self.ropes[stage].clone(),
             dense_type: self.options.dtype,
             kv_type: self.options.kv_type,
+            widen_prompts: self.options.widen_prompts,
             metal: self.options.metal,
         }
     }

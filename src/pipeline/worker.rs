@@ -494,7 +494,8 @@ mod tests {
         let sender = std::thread::spawn(move || {
             for step in 0..20 {
                 let (id, wanted) = (SequenceId(1), Wanted::Best(1));
-                let slice = SequenceSlice { id, position: step as usize, len: 1, length: step as usize + 1, wanted };
+                let position = step as usize;
+                let slice = SequenceSlice { id, position, len: 1, length: position + 1, decode: true, wanted };
                 let batch = MicroBatch { slices: vec![slice], tokens: vec![0] };
                 let times = StepTimes::sent_now(Instant::now());
                 let (cancelled, hidden) = (Arc::default(), Vec::new());

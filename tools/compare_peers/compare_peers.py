@@ -323,9 +323,9 @@ def wait_until_quiet(limit):
 
 
 def programs_of(args, paths, llama_folders, shape, dtype, gguf):
-    isa = ["--isa", args.isa] if args.isa else []
+    flags = (["--isa", args.isa] if args.isa else []) + (["--widen-prompts"] if args.widen_prompts else [])
     programs = [CasesProgram(OURS, [paths["bench_batch"], "--model", gguf, "--devices", f"cpu@threads={args.threads}",
-                                    "--output-format", "none", *isa])]
+                                    "--output-format", "none", *flags])]
     programs += [LlamaProgram(name, folder, gguf, args.threads) for name, folder in llama_folders.items()]
     env = {"RAYON_NUM_THREADS": str(args.threads), "CANDLE_NUM_THREADS": str(args.threads)}
     if "candle" not in args.skip:
@@ -410,6 +410,7 @@ def machine_and_versions(args, cpu, source, llama_folders):
         "generate": args.generate,
         "depth": args.depth,
         "isa": args.isa,
+        "widen_prompts": args.widen_prompts,
     }
 
 
@@ -448,7 +449,7 @@ def markdown(report):
         "",
         f"candle-pipeline {machine['commit'][:12] or 'of no commit'}{' with changes' if machine['changed'] else ''}, "
         f"{machine['rustc']}; llama.cpp of {machine['llama'] or 'none'}, {machine['c_compiler'] or ''}; "
-        f"{machine['date']}, {machine['rounds']} rounds{', --isa ' + machine['isa'] if machine['isa'] else ''}. Tokens a second; ratio: {OURS} over the program, by medians.",
+        f"{machine['date']}, {machine['rounds']} rounds{', --isa ' + machine['isa'] if machine['isa'] else ''}{', --widen-prompts' if machine['widen_prompts'] else ''}. Tokens a second; ratio: {OURS} over the program, by medians.",
     ]
     for result in report["models"]:
         heading = f"{result['shape']} {result['type']}"
@@ -504,6 +505,8 @@ def arguments():
     measure.add_argument("--rounds", type=positive, default=5, help="times that each program takes its turn")
     measure.add_argument("--threads", type=positive, default=2, help="threads of each program")
     measure.add_argument("--isa", help="instruction set of candle-pipeline: avx2, avx512 or amx (default: the best)")
+    measure.add_argument("--widen-prompts", action="store_true",
+                         help="candle-pipeline widens quantised weights for prompts, where there is AMX")
     measure.add_argument("--skip", type=names, default="", help="candle, candle-dense, llama, llama-avx512, llama-avx2")
     measure.add_argument("--generate", type=positive, default=48, help="tokens of `decode`")
     measure.add_argument("--depth", type=positive, default=2000, help="context of `deep`")

@@ -15,6 +15,7 @@
 //!   one is not stuck behind a long one.
 //! - **Prefix reuse**: a prompt that begins like a live or recent sequence starts with a copy of its KV, made in all
 //!   stages. Only what every stage has computed is copied, and the last prompt token is always computed, for its logits.
+//!   Where decode steps have other bits than prompts, only KV of prompts is.
 //!   Where another request is just computing the beginning, a request waits for that, so that a batch of prompts with
 //!   one beginning computes it once.
 //! - **The end**: stop, length, deadline or cancellation. A micro-batch none of whose sequences is wanted any more is
@@ -73,6 +74,8 @@ pub struct Limits {
     pub kv_positions: usize,
     /// Positions of KV that ended sequences may keep.
     pub prefix_cache: usize,
+    /// Whether KV of generated tokens may be shared: it is what a prompt with these tokens would have.
+    pub share_generated: bool,
     /// Tokens that end a generation.
     pub eos_token_ids: Vec<u32>,
     /// LongRoPE changes all rotations when a sequence reaches this length, so its KV is computed anew there.
@@ -466,10 +469,16 @@ impl Scheduler {
         })
     }
 
+    /// Tokens of a sequence whose KV may be shared.
+    fn shared_of<'a>(&self, sequence: &'a Sequence) -> &'a [u32] {
+        let most = if self.limits.share_generated { sequence.tokens.len() } else { sequence.request.prompt.len() };
+        &sequence.tokens[..sequence.computed.min(most)]
+    }
+
     /// The open sequence that shares the longest prefix with a request, and the length of it.
     fn shared_prefix(&self, request: &Request) -> Option<(SequenceId, usize)> {
         let rotations = self.sharable(request)?;
-        let running = self.sharing(rotations).map(|(id, sequence)| (id, &sequence.tokens[..sequence.computed]));
+        let running = self.sharing(rotations).map(|(id, sequence)| (id, self.shared_of(sequence)));
         let retained = self.prefixes.entries().filter(|entry| entry.rotations == rotations);
         running
             .chain(retained.map(|entry| (entry.id, &entry.tokens[..])))
@@ -537,7 +546,7 @@ impl Scheduler {
             let (position, length) = (sequence.sent, sequence.tokens.len());
             let end = position + len;
             let wanted = if end == length { sequence.wanted() } else { Wanted::Nothing };
-            batch.slices.push(SequenceSlice { id, position, len, length, wanted });
+            batch.slices.push(SequenceSlice { id, position, len, length, decode: sequence.decoding, wanted });
             batch.tokens.extend_from_slice(&sequence.tokens[position..end]);
             sequence.sent = end;
             sequence.kv_length = length;
@@ -649,7 +658,7 @@ impl Scheduler {
         let Some(mut sequence) = self.take_out(id, reason.into()) else { return };
         let capacity = sequence.capacity;
         if sequence.request.options.reuse_prefix {
-            let tokens = sequence.tokens[..sequence.computed].to_vec();
+            let tokens = self.shared_of(&sequence).to_vec();
             let rotations = self.limits.rotations(sequence.kv_length);
             let not_kept = self.prefixes.insert(Retained { id, tokens, capacity, rotations });
             self.evictions += not_kept.iter().filter(|evicted| evicted.id != id).count() as u64;
@@ -699,6 +708,7 @@ mod tests {
             max_sequences: 1,
             kv_positions: 100,
             prefix_cache: 100,
+            share_generated: true,
             eos_token_ids: Vec::new(),
             recompute_at: None,
             own_rotations_from: None,

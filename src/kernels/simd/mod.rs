@@ -95,13 +95,13 @@ impl Isa {
 
     /// Whether products use tiles.
     #[cfg(target_arch = "x86_64")]
-    pub(super) fn has_tiles(self) -> bool {
+    pub(crate) fn has_tiles(self) -> bool {
         self.0 == Set::Amx
     }
 
     /// Only x86-64 has tiles.
     #[cfg(not(target_arch = "x86_64"))]
-    pub(super) fn has_tiles(self) -> bool {
+    pub(crate) fn has_tiles(self) -> bool {
         false
     }
 

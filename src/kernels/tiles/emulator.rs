@@ -153,9 +153,6 @@ impl Instruction {
                     }
                     true
                 }
-                // Both signed, and the first signed with the second unsigned.
-                (0x5e, 3, None) => tiles.multiply(self.reg, self.rm, self.third, |byte| i32::from(byte as i8)),
-                (0x5e, 2, None) => tiles.multiply(self.reg, self.rm, self.third, i32::from),
                 (0x5c, 2, None) => tiles.multiply_bf16(self.reg, self.rm, self.third),
                 _ => false,
             }
@@ -226,27 +223,6 @@ impl Tiles {
                 }
                 let sum = flush(f32::from_le_bytes(std::array::from_fn(|t| self.data[sums][row][at + t])));
                 let sum = flush(sum + flush(chains[0] + chains[1]));
-                self.data[sums][row][at..at + 4].copy_from_slice(&sum.to_le_bytes());
-            }
-        }
-        true
-    }
-
-    /// `sums += first * second`, four bytes at a time, the first ones signed.
-    fn multiply(&mut self, sums: usize, first: usize, second: usize, widen: impl Fn(u8) -> i32) -> bool {
-        if !self.fit(sums, first, second) {
-            return false;
-        }
-        for row in 0..self.rows[sums] {
-            for column in 0..self.row_bytes[sums] / 4 {
-                let at = 4 * column;
-                let mut sum = i32::from_le_bytes(std::array::from_fn(|t| self.data[sums][row][at + t]));
-                for k in 0..self.rows[second] {
-                    for t in 0..4 {
-                        let x = i32::from(self.data[first][row][4 * k + t] as i8);
-                        sum = sum.wrapping_add(x * widen(self.data[second][k][at + t]));
-                    }
-                }
                 self.data[sums][row][at..at + 4].copy_from_slice(&sum.to_le_bytes());
             }
         }

@@ -1,11 +1,15 @@
-//! Products of BF16 and F16 matrices on AMX: a tile of sixteen inputs times a tile of sixteen rows, 32 columns at a time, and
-//! two by two of them, so that each tile that is loaded is used twice.
+//! Products on AMX: a tile of sixteen inputs times a tile of sixteen rows, 32 columns at a time, and two by two of them, so
+//! that each tile that is loaded is used twice.
 //!
 //! Weights of BF16 are what a tile wants as they lie there, and inputs are rounded to BF16, as they are on every other
 //! instruction set. F16 has more bits than fit into BF16, so its weights are unpacked as sums of two BF16, exactly, and
 //! inputs are cut into two as well, see [`halves`](super::super::input::halves). Of their four products the one of both lower
 //! parts, a 2^-16th of the whole at most, is left out. Splitting numbers for narrower units: Henry, Tang, Heinecke,
 //! "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", 2019.
+//!
+//! Quantised weights are [widened](widen) to BF16 for rows that ask for it, and these rounded. Tiles of bytes would keep all bits,
+//! but each 32 columns have a scale of their own: half of a tile would be empty, and what it gives would have to be stored,
+//! scaled and added up by vectors, which takes longer than tiles do. Rounding a weight costs less than an 8-bit input does.
 //!
 //! The instruction adds 32 products in an order of its own, so results have other bits than without tiles. One input is
 //! therefore multiplied in the same way as many: here too a row computed in a batch has the bits of the row computed alone.
@@ -19,10 +23,11 @@ use std::ops::Range;
 use std::ptr::null;
 use std::time::Instant;
 
-use super::super::formats::VECTOR;
+use super::super::formats::{Format, Offset, SUB, VECTOR};
 use super::super::input::{Cut, TILE, TileRow, TileRows};
 use super::super::pool::Pool;
 use super::super::simd::LANES;
+use super::super::simd::avx512::Avx512;
 use super::{Config, is_available, release};
 
 /// Columns of a step.
@@ -43,14 +48,26 @@ const PART: usize = 8;
 /// Tiles of inputs from which on results bypass the caches.
 const MANY: usize = 4;
 
-/// Groups of a matrix with all inputs: of BF16 where these are rounded, of F16 where they are in two parts.
+/// How weights are stored, and what is made of them for tiles.
+#[derive(Clone, Copy)]
+pub enum Stored {
+    /// As tiles want them.
+    Bf16,
+    /// Each is the sum of two BF16.
+    F16,
+    /// In fewer bits. The function is [`widen`].
+    Quantised(unsafe fn(*const u8, usize, *mut Tile)),
+}
+
+/// Groups of a matrix with all inputs, which are cut as the weights want it.
 pub struct Rounded<'a> {
     pub weights: *const u8,
+    pub stored: Stored,
+    pub group_bytes: usize,
     pub inputs: TileRows<'a>,
-    pub m: usize,
     pub out: *mut f32,
+    /// Of the matrix: the group that the weights begin with.
     pub first: usize,
-    pub count: usize,
     pub n: usize,
     pub k: usize,
 }
@@ -65,48 +82,11 @@ struct Sums([[f32; LANES]; TILE]);
 
 /// Weights of 32 columns, two of them in a row.
 #[repr(C, align(64))]
-struct Tile([[u8; VECTOR]; TILE]);
+pub struct Tile([[u8; VECTOR]; TILE]);
 
 /// Steps of two groups that are not used where they lie: the last ones of BF16, with zeros behind the last column, and all of
 /// F16, in two parts.
 type Unpacked = [[[Tile; 2]; PART]; 2];
-
-/// Runs a product.
-///
-/// # Safety
-/// [`is_available`](super::is_available), the CPU has AVX-512; the weights are `count` groups of a matrix with `k` columns
-/// packed as [`Matrix`](super::super::matrix::Matrix) does, `out` is (m, n) and no other thread's in these groups.
-#[target_feature(enable = "avx512f,avx512bw")]
-pub unsafe fn run(product: &Rounded) {
-    let (inputs, steps) = (&product.inputs, product.k.div_ceil(COLUMNS));
-    let chunks = inputs.chunks();
-    let (first, second) = ((inputs.rows_of(0), VECTOR), (inputs.rows_of(1.min(chunks - 1)), VECTOR));
-    let config = Config::new([first, first, second, second, first, second, (TILE, VECTOR), (TILE, VECTOR)]);
-    let block = CACHED / (CHUNKS * BYTES * inputs.cut().parts());
-    // Not filled with zeros: that would be longer than a product with one input of a small model.
-    let mut room = MaybeUninit::<[Pair; CHUNKS]>::uninit();
-    let mut unpacked = MaybeUninit::<Unpacked>::uninit();
-    // SAFETY: the CPU has tiles, and what is configured is a valid palette; groups, inputs and steps are there.
-    unsafe {
-        config.load();
-        for first in (0..chunks).step_by(CHUNKS) {
-            for from in (0..steps).step_by(block) {
-                for group in (0..product.count).step_by(2) {
-                    let part = Part {
-                        group,
-                        groups: 2.min(product.count - group),
-                        chunks: first..chunks.min(first + CHUNKS),
-                        steps: from..steps.min(from + block),
-                    };
-                    product.part(&part, room.as_mut_ptr().cast(), unpacked.as_mut_ptr().cast());
-                }
-            }
-        }
-        release();
-        // Results that bypass the caches are not behind what tells other threads that they are there.
-        _mm_sfence();
-    }
-}
 
 /// Multiplications a second that tiles of all threads of a pool reach together, with nothing loaded or stored: the
 /// median of many times, each a few milliseconds. `None` without tiles.
@@ -194,39 +174,76 @@ macro_rules! step {
 }
 
 impl Rounded<'_> {
+    /// Multiplies some groups.
+    ///
     /// # Safety
-    /// As [`run`]; the tiles are configured, and the part is there.
+    /// [`is_available`](super::is_available), the CPU has AVX-512; the groups are those of a matrix with `k` columns packed as
+    /// [`Matrix`](super::super::matrix::Matrix) does, `out` is (rows of the input, n) and no other thread's in these groups.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    pub unsafe fn run(&self, groups: Range<usize>) {
+        let (inputs, steps) = (&self.inputs, self.k.div_ceil(COLUMNS));
+        let chunks = inputs.chunks();
+        let (first, second) = ((inputs.rows_of(0), VECTOR), (inputs.rows_of(1.min(chunks - 1)), VECTOR));
+        let config = Config::new([first, first, second, second, first, second, (TILE, VECTOR), (TILE, VECTOR)]);
+        let block = CACHED / (CHUNKS * BYTES * inputs.cut().parts());
+        // Not filled with zeros: that would be longer than a product with one input of a small model.
+        let mut room = MaybeUninit::<[Pair; CHUNKS]>::uninit();
+        let mut unpacked = MaybeUninit::<Unpacked>::uninit();
+        // SAFETY: the CPU has tiles, and what is configured is a valid palette; groups, inputs and steps are there.
+        unsafe {
+            config.load();
+            for first in (0..chunks).step_by(CHUNKS) {
+                for from in (0..steps).step_by(block) {
+                    for group in groups.clone().step_by(2) {
+                        let part = Part {
+                            group,
+                            groups: 2.min(groups.end - group),
+                            chunks: first..chunks.min(first + CHUNKS),
+                            steps: from..steps.min(from + block),
+                        };
+                        self.part(&part, room.as_mut_ptr().cast(), unpacked.as_mut_ptr().cast());
+                    }
+                }
+            }
+            release();
+            // Results that bypass the caches are not behind what tells other threads that they are there.
+            _mm_sfence();
+        }
+    }
+
+    /// # Safety
+    /// As [`run`](Self::run); the tiles are configured, and the part is there.
     #[target_feature(enable = "avx512f,avx512bw")]
     unsafe fn part(&self, part: &Part, room: *mut Pair, unpacked: *mut [[Tile; 2]; PART]) {
         let whole = self.k / COLUMNS;
-        let cut = self.inputs.cut();
-        let group_bytes = match cut {
-            Cut::Rounded => self.k.next_multiple_of(2) * 2 * LANES,
-            Cut::Halved => self.k * 2 * LANES,
+        let group_bytes = self.group_bytes;
+        let bytes_before = |step: usize| match self.stored {
+            Stored::Quantised(_) => group_bytes * step / whole,
+            _ => step * BYTES,
         };
         let second = |bytes| if part.groups == 2 { bytes } else { 0 };
         // SAFETY: this function's conditions. What is asked for ahead need not be there.
         unsafe {
             let weights = self.weights.add(part.group * group_bytes);
             self.fetch(part, room);
-            if cut == Cut::Halved && part.chunks.len() <= 2 {
+            if !matches!(self.stored, Stored::Bf16) && part.chunks.len() <= 2 {
                 self.stream(part, weights, room.cast(), unpacked.cast());
                 return self.put(part, room);
             }
             for from in part.steps.clone().step_by(PART) {
                 let steps = from..part.steps.end.min(from + PART);
                 let next = match from + PART < part.steps.end {
-                    true => weights.wrapping_add((from + PART) * BYTES),
-                    false => weights.wrapping_add(part.groups * group_bytes + part.steps.start * BYTES),
+                    true => weights.wrapping_add(bytes_before(from + PART)),
+                    false => weights.wrapping_add(part.groups * group_bytes + bytes_before(part.steps.start)),
                 };
                 let next_group = second(group_bytes);
                 let unpacked_group = second(size_of::<[[Tile; 2]; PART]>());
                 let is_unpacked = |next| Weights { start: unpacked.cast(), group: unpacked_group, next, next_group };
-                let tiles = match cut {
-                    Cut::Rounded if steps.end <= whole => {
+                let tiles = match self.stored {
+                    Stored::Bf16 if steps.end <= whole => {
                         Weights { start: weights.add(from * BYTES), group: next_group, next, next_group }
                     }
-                    Cut::Rounded => {
+                    Stored::Bf16 => {
                         for g in 0..part.groups {
                             let there = group_bytes - from * BYTES;
                             let to = unpacked.add(g).cast::<u8>();
@@ -235,7 +252,16 @@ impl Rounded<'_> {
                         }
                         is_unpacked(null())
                     }
-                    Cut::Halved => {
+                    Stored::Quantised(widen) => {
+                        for g in 0..part.groups {
+                            let to = unpacked.add(g).cast::<Tile>();
+                            for step in steps.clone() {
+                                widen(weights.add(g * group_bytes), step, to.add(step - from));
+                            }
+                        }
+                        is_unpacked(next)
+                    }
+                    Stored::F16 => {
                         for g in 0..part.groups {
                             for step in steps.clone() {
                                 let columns = COLUMNS.min(self.k - step * COLUMNS);
@@ -252,14 +278,14 @@ impl Rounded<'_> {
         }
     }
 
-    /// Multiplies weights of F16 with one or two tiles of inputs. While tiles multiply a step the next one is unpacked: with so
+    /// Multiplies weights that are unpacked with one or two tiles of inputs. While tiles multiply a step the next one is unpacked: with so
     /// few inputs both take about as long, and memory should wait for neither.
     ///
     /// # Safety
     /// As [`part`](Self::part); `weights` are the part's.
     #[target_feature(enable = "avx512f,avx512bw")]
     unsafe fn stream(&self, part: &Part, weights: *const u8, room: *mut Sums, unpacked: *mut [[Tile; 2]; 2]) {
-        let group_bytes = self.k * 2 * LANES;
+        let group_bytes = self.group_bytes;
         let (chunk, last) = (part.chunks.start, part.chunks.end - 1);
         let (two, second) = (last > chunk, part.groups - 1);
         let lower = [chunk, last].map(|chunk| self.inputs.rows_of(chunk) * size_of::<TileRow>());
@@ -267,9 +293,18 @@ impl Rounded<'_> {
         // them.
         unsafe {
             let unpack = |step: usize, g: usize| {
-                let columns = COLUMNS.min(self.k - step * COLUMNS);
-                let to = &raw mut (*unpacked.add(step % 2))[g];
-                unpack(weights.add(g * group_bytes + step * BYTES), columns, AHEAD, to);
+                let (group, to) = (weights.add(g * group_bytes), &raw mut (*unpacked.add(step % 2))[g]);
+                match self.stored {
+                    Stored::Quantised(widen) => {
+                        // The next groups' columns, which products with decode steps read first if there are any.
+                        let (steps, next) = (self.k / COLUMNS, group.wrapping_add(part.groups * group_bytes));
+                        for at in (group_bytes * step / steps..group_bytes * (step + 1) / steps).step_by(VECTOR) {
+                            _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(at).cast());
+                        }
+                        widen(group, step, to.cast());
+                    }
+                    _ => unpack(group.add(step * BYTES), COLUMNS.min(self.k - step * COLUMNS), AHEAD, to),
+                }
             };
             for g in 0..part.groups {
                 unpack(part.steps.start, g);
@@ -283,6 +318,24 @@ impl Rounded<'_> {
                 let now = unpacked.add(step % 2);
                 let w = [&raw const (*now)[0], &raw const (*now)[second]];
                 let x = [chunk, last].map(|chunk| self.inputs.tile(chunk, step).cast::<u8>());
+                if self.inputs.cut() != Cut::Halved {
+                    step!(x, w, ["tileloadd tmm4, [{x} + {line}*1]" "tileloadd tmm6, [{v} + {line}*1]"
+                        "tdpbf16ps tmm0, tmm4, tmm6"]);
+                    if two {
+                        step!(x, w, ["tileloadd tmm5, [{y} + {line}*1]" "tdpbf16ps tmm2, tmm5, tmm6"]);
+                    }
+                    if more {
+                        unpack(step + 1, 0);
+                    }
+                    step!(x, w, ["tileloadd tmm7, [{w} + {line}*1]" "tdpbf16ps tmm1, tmm4, tmm7"]);
+                    if two {
+                        step!(x, w, ["tdpbf16ps tmm3, tmm5, tmm7"]);
+                    }
+                    if more && second == 1 {
+                        unpack(step + 1, 1);
+                    }
+                    continue;
+                }
                 step!(x, w, ["tileloadd tmm4, [{x} + {line}*1]" "tileloadd tmm6, [{v} + {line}*1 + 1024]"
                     "tdpbf16ps tmm0, tmm4, tmm6" "tileloadd tmm7, [{w} + {line}*1 + 1024]" "tdpbf16ps tmm1, tmm4, tmm7"]);
                 if two {
@@ -325,7 +378,8 @@ impl Rounded<'_> {
     /// As [`part`](Self::part).
     unsafe fn passes(&self, part: &Part, steps: Range<usize>, weights: &Weights, room: *mut Pair) {
         let passes = part.chunks.len().div_ceil(2);
-        let lines = if weights.next.is_null() { 0 } else { (BYTES / VECTOR).div_ceil(passes) };
+        let bytes = self.group_bytes / self.k.div_ceil(COLUMNS);
+        let lines = if weights.next.is_null() { 0 } else { bytes.div_ceil(VECTOR).div_ceil(passes) };
         for pass in 0..passes {
             let chunk = part.chunks.start + 2 * pass;
             let two = chunk + 1 < part.chunks.end;
@@ -344,10 +398,10 @@ impl Rounded<'_> {
             // SAFETY: this function's conditions.
             unsafe {
                 match (self.inputs.cut(), two) {
-                    (Cut::Rounded, true) => pass.two(),
-                    (Cut::Rounded, false) => pass.one(),
                     (Cut::Halved, true) => pass.two_in_parts(),
                     (Cut::Halved, false) => pass.one_in_parts(),
+                    (_, true) => pass.two(),
+                    (_, false) => pass.one(),
                 }
             }
         }
@@ -364,7 +418,7 @@ impl Rounded<'_> {
             if part.steps.start == 0 {
                 return room.write_bytes(0, part.chunks.len());
             }
-            for (i, input) in (TILE * part.chunks.start..self.m.min(TILE * part.chunks.end)).enumerate() {
+            for (i, input) in (TILE * part.chunks.start..self.inputs.rows().min(TILE * part.chunks.end)).enumerate() {
                 for g in 0..part.groups {
                     let (out, there) = self.place(part, input, g);
                     let sums = &raw mut (*room.add(i / TILE))[g].0[i % TILE];
@@ -380,7 +434,7 @@ impl Rounded<'_> {
     /// As [`part`](Self::part).
     #[target_feature(enable = "avx512f")]
     unsafe fn put(&self, part: &Part, room: *const Pair) {
-        for (i, input) in (TILE * part.chunks.start..self.m.min(TILE * part.chunks.end)).enumerate() {
+        for (i, input) in (TILE * part.chunks.start..self.inputs.rows().min(TILE * part.chunks.end)).enumerate() {
             for g in 0..part.groups {
                 let (out, there) = self.place(part, input, g);
                 // SAFETY: this function's conditions; `place` says what is there.
@@ -400,7 +454,7 @@ impl Rounded<'_> {
     fn place(&self, part: &Part, input: usize, g: usize) -> (*mut f32, __mmask16) {
         let row = (self.first + part.group + g) * LANES;
         let rows = LANES.min(self.n - row);
-        (self.out.wrapping_add(input * self.n + row), __mmask16::MAX >> (LANES - rows))
+        (self.out.wrapping_add((self.inputs.first() + input) * self.n + row), __mmask16::MAX >> (LANES - rows))
     }
 }
 
@@ -641,6 +695,61 @@ unsafe fn unpack(weights: *const u8, columns: usize, ahead: usize, to: *mut [Til
         }
     }
 }
+
+/// What weights are raised by before bits are cut off, so that it makes numbers of all sizes neither smaller nor greater on
+/// the whole: half a unit of the last bit that stays, over the middle of the logarithms of what is before it.
+const RAISED: f32 = 1.0 + std::f32::consts::LN_2 / 256.0;
+
+/// Columns from `32 * step` on of a group to a tile of BF16, each but for a unit of its last bit what it stands for.
+///
+/// A number of eight bits below the first of a mantissa is 256 more than it counts, without a conversion; the multiply-add
+/// that scales it takes that back. Bits are cut off rather than rounded, which would be one more operation of five.
+///
+/// # Safety
+/// The CPU has AVX-512; the columns are there.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
+pub unsafe fn widen<F: Format>(group: *const u8, step: usize, to: *mut Tile) {
+    const EIGHT_BITS: i32 = 0xff << 15;
+    let exponent = 256f32.to_bits() as i32;
+    // Signed ones get a number that is 128 more.
+    let (base, first) = match F::OFFSET {
+        Offset::Fixed(offset) => (256 + offset, exponent),
+        Offset::Signed => (256 + 128, exponent ^ 0x80 << 15),
+    };
+    // SAFETY: this function's conditions.
+    unsafe {
+        let block = group.add(step / (F::COLUMNS / SUB) * F::PACKED);
+        let sub = step % (F::COLUMNS / SUB);
+        let scales = F::scales::<S>(block, sub);
+        let w = F::weights::<S>(block, sub);
+        let (raised, base) = (_mm512_set1_ps(RAISED), _mm512_set1_ps(base as f32));
+        let (kept, first) = (_mm512_set1_epi32(EIGHT_BITS), _mm512_set1_epi32(first));
+        let scale = [_mm512_mul_ps(scales.scale[0], raised), _mm512_mul_ps(scales.scale[1], raised)];
+        let min = [_mm512_mul_ps(scales.min[0], raised), _mm512_mul_ps(scales.min[1], raised)];
+        let lowered = [_mm512_fmadd_ps(scale[0], base, min[0]), _mm512_fmadd_ps(scale[1], base, min[1])];
+        for j in 0..8 {
+            let half = if F::HALVES { j / 4 } else { 0 };
+            let mut columns = [
+                _mm512_slli_epi32::<15>(w[j]),
+                _mm512_slli_epi32::<7>(w[j]),
+                _mm512_srli_epi32::<1>(w[j]),
+                _mm512_srli_epi32::<9>(w[j]),
+            ];
+            for column in &mut columns {
+                // (kept & column) ^ first
+                let value = _mm512_castsi512_ps(_mm512_ternarylogic_epi32::<0x78>(first, kept, *column));
+                *column = _mm512_castps_si512(_mm512_fmsub_ps(value, scale[half], lowered[half]));
+            }
+            for pair in 0..2 {
+                let below = _mm512_srli_epi32::<16>(columns[2 * pair]);
+                let both = _mm512_mask_blend_epi16(0xaaaa_aaaa, below, columns[2 * pair + 1]);
+                _mm512_store_si512((&raw mut (*to).0[2 * j + pair]).cast(), both);
+            }
+        }
+    }
+}
+
+type S = Avx512<false>;
 
 /// Groups of an F16 matrix with one input.
 pub struct Alone<'a> {
