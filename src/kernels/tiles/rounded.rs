@@ -7,9 +7,10 @@
 //! parts, a 2^-16th of the whole at most, is left out. Splitting numbers for narrower units: Henry, Tang, Heinecke,
 //! "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", 2019.
 //!
-//! Quantised weights are [widened](widen) to BF16 for rows that ask for it, and these rounded. Tiles of bytes would keep all bits,
-//! but each 32 columns have a scale of their own: half of a tile would be empty, and what it gives would have to be stored,
-//! scaled and added up by vectors, which takes longer than tiles do. Rounding a weight costs less than an 8-bit input does.
+//! Quantised weights are [widened](widen) to BF16 for rows that ask for it, and these rounded. Tiles of bytes would keep all
+//! bits, but each 32 columns have a scale of their own: half of a tile would be empty, and what it gives would have to be
+//! stored, scaled and added up by vectors, which takes longer than tiles do. It is also nearer to the weights as they are and
+//! inputs in F32 than inputs in 8 bits are.
 //!
 //! The instruction adds 32 products in an order of its own, so results have other bits than without tiles. One input is
 //! therefore multiplied in the same way as many: here too a row computed in a batch has the bits of the row computed alone.
@@ -85,7 +86,7 @@ struct Sums([[f32; LANES]; TILE]);
 pub struct Tile([[u8; VECTOR]; TILE]);
 
 /// Steps of two groups that are not used where they lie: the last ones of BF16, with zeros behind the last column, and all of
-/// F16, in two parts.
+/// F16, in two parts, and all quantised ones, in the first half of the room.
 type Unpacked = [[[Tile; 2]; PART]; 2];
 
 /// Multiplications a second that tiles of all threads of a pool reach together, with nothing loaded or stored: the
@@ -137,6 +138,13 @@ struct Part {
     steps: Range<usize>,
 }
 
+impl Part {
+    /// Bytes from something of the first group to that of the second, if there is one.
+    fn second(&self, bytes: usize) -> usize {
+        if self.groups == 2 { bytes } else { 0 }
+    }
+}
+
 /// Tiles of weights for some steps.
 struct Weights {
     /// Those of the first group.
@@ -149,14 +157,14 @@ struct Weights {
     next_group: usize,
 }
 
-/// Sums of [`stream`](Rounded::stream) from memory or to it.
+/// Sums of [`meanwhile`](Rounded::meanwhile) from memory or to it.
 macro_rules! sums {
     ($first:literal, $second:literal, $sums:expr) => {
         asm!($first, $second, sums = in(reg) $sums, line = in(reg) VECTOR, options(nostack, preserves_flags))
     };
 }
 
-/// What [`stream`](Rounded::stream) does with tiles of inputs `x` and `y` and of weights `v` and `w`. Tiles are not named as
+/// What [`meanwhile`](Rounded::meanwhile) does with tiles of inputs `x` and `y` and of weights `v` and `w`. Tiles are not named as
 /// changed, since what they hold is what the next piece goes on with.
 macro_rules! step {
     ($x:expr, $w:expr, [$($text:literal)*]) => {
@@ -215,150 +223,189 @@ impl Rounded<'_> {
     /// As [`run`](Self::run); the tiles are configured, and the part is there.
     #[target_feature(enable = "avx512f,avx512bw")]
     unsafe fn part(&self, part: &Part, room: *mut Pair, unpacked: *mut [[Tile; 2]; PART]) {
-        let whole = self.k / COLUMNS;
-        let group_bytes = self.group_bytes;
-        let bytes_before = |step: usize| match self.stored {
-            Stored::Quantised(_) => group_bytes * step / whole,
-            _ => step * BYTES,
-        };
-        let second = |bytes| if part.groups == 2 { bytes } else { 0 };
-        // SAFETY: this function's conditions. What is asked for ahead need not be there.
+        // SAFETY: this function's conditions.
         unsafe {
-            let weights = self.weights.add(part.group * group_bytes);
+            let weights = self.weights.add(part.group * self.group_bytes);
             self.fetch(part, room);
-            if !matches!(self.stored, Stored::Bf16) && part.chunks.len() <= 2 {
-                self.stream(part, weights, room.cast(), unpacked.cast());
-                return self.put(part, room);
-            }
-            for from in part.steps.clone().step_by(PART) {
-                let steps = from..part.steps.end.min(from + PART);
-                let next = match from + PART < part.steps.end {
-                    true => weights.wrapping_add(bytes_before(from + PART)),
-                    false => weights.wrapping_add(part.groups * group_bytes + bytes_before(part.steps.start)),
-                };
-                let next_group = second(group_bytes);
-                let unpacked_group = second(size_of::<[[Tile; 2]; PART]>());
-                let is_unpacked = |next| Weights { start: unpacked.cast(), group: unpacked_group, next, next_group };
-                let tiles = match self.stored {
-                    Stored::Bf16 if steps.end <= whole => {
-                        Weights { start: weights.add(from * BYTES), group: next_group, next, next_group }
-                    }
-                    Stored::Bf16 => {
-                        for g in 0..part.groups {
-                            let there = group_bytes - from * BYTES;
-                            let to = unpacked.add(g).cast::<u8>();
-                            weights.add(g * group_bytes + from * BYTES).copy_to_nonoverlapping(to, there);
-                            to.add(there).write_bytes(0, steps.len() * BYTES - there);
-                        }
-                        is_unpacked(null())
-                    }
-                    Stored::Quantised(widen) => {
-                        for g in 0..part.groups {
-                            let to = unpacked.add(g).cast::<Tile>();
-                            for step in steps.clone() {
-                                widen(weights.add(g * group_bytes), step, to.add(step - from));
-                            }
-                        }
-                        is_unpacked(next)
-                    }
-                    Stored::F16 => {
-                        for g in 0..part.groups {
-                            for step in steps.clone() {
-                                let columns = COLUMNS.min(self.k - step * COLUMNS);
-                                let from_there = weights.add(g * group_bytes + step * BYTES);
-                                unpack(from_there, columns, 0, &raw mut (*unpacked.add(g))[step - from]);
-                            }
-                        }
-                        is_unpacked(next)
-                    }
-                };
-                self.passes(part, steps, &tiles, room);
+            match (self.stored, part.chunks.len()) {
+                (Stored::Bf16, _) => self.in_place(part, weights, room, unpacked),
+                (_, 1 | 2) => self.stream(part, weights, room.cast(), unpacked.cast()),
+                _ => self.unpacking(part, weights, room, unpacked),
             }
             self.put(part, room);
         }
     }
 
-    /// Multiplies weights that are unpacked with one or two tiles of inputs. While tiles multiply a step the next one is unpacked: with so
-    /// few inputs both take about as long, and memory should wait for neither.
+    /// Multiplies weights of BF16 with the inputs where they lie, but for the last columns where a step is not whole.
+    ///
+    /// # Safety
+    /// As [`part`](Self::part); `weights` are the part's.
+    unsafe fn in_place(&self, part: &Part, weights: *const u8, room: *mut Pair, unpacked: *mut [[Tile; 2]; PART]) {
+        let passes = part.chunks.len().div_ceil(2);
+        for from in part.steps.clone().step_by(PART) {
+            let steps = from..part.steps.end.min(from + PART);
+            // SAFETY: this function's conditions.
+            unsafe {
+                let mut tiles = Weights {
+                    start: weights.add(from * BYTES),
+                    group: part.second(self.group_bytes),
+                    next: self.next(part, weights, from),
+                    next_group: part.second(self.group_bytes),
+                };
+                if steps.end > self.k / COLUMNS {
+                    for g in 0..part.groups {
+                        let there = self.group_bytes - from * BYTES;
+                        let to = unpacked.add(g).cast::<u8>();
+                        tiles.start.add(g * self.group_bytes).copy_to_nonoverlapping(to, there);
+                        to.add(there).write_bytes(0, steps.len() * BYTES - there);
+                    }
+                    tiles = Weights {
+                        start: unpacked.cast(),
+                        group: part.second(size_of::<[[Tile; 2]; PART]>()),
+                        next: null(),
+                        ..tiles
+                    };
+                }
+                self.passes(part, steps, &tiles, room, passes);
+            }
+        }
+    }
+
+    /// Multiplies weights that are unpacked with more than two tiles of inputs: some steps, of which each makes way for one
+    /// that comes later while the last inputs are multiplied with it.
+    ///
+    /// # Safety
+    /// As [`part`](Self::part); `weights` are the part's.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn unpacking(&self, part: &Part, weights: *const u8, room: *mut Pair, unpacked: *mut [[Tile; 2]; PART]) {
+        let passes = part.chunks.len().div_ceil(2);
+        let (first, last) = (part.chunks.start + 2 * (passes - 1), part.chunks.end - 1);
+        let parts = self.inputs.cut().parts();
+        let place = |step: usize, g: usize| {
+            let step = (step - part.steps.start) % PART;
+            // SAFETY: the room has so many steps of two groups.
+            unsafe { unpacked.add(g).cast::<Tile>().add(step * parts) }
+        };
+        // SAFETY: this function's conditions. What is asked for ahead need not be there.
+        unsafe {
+            let unpack = |step: usize, g: usize| {
+                if step < part.steps.end {
+                    self.unpack(weights.add(g * self.group_bytes), step, 0, place(step, g));
+                }
+            };
+            for step in part.steps.start..part.steps.start + PART {
+                (0..part.groups).for_each(|g| unpack(step, g));
+            }
+            for from in part.steps.clone().step_by(PART) {
+                let steps = from..part.steps.end.min(from + PART);
+                let tiles = Weights {
+                    start: unpacked.cast(),
+                    group: part.second(size_of::<[[Tile; 2]; PART]>()),
+                    next: self.next(part, weights, from),
+                    next_group: part.second(self.group_bytes),
+                };
+                self.passes(part, steps.clone(), &tiles, room, passes - 1);
+                let sums = room.add(2 * (passes - 1)).cast();
+                self.meanwhile([first, last], part.groups, steps, sums, place, |step, g| unpack(step + PART, g));
+            }
+        }
+    }
+
+    /// Multiplies weights that are unpacked with one or two tiles of inputs. While tiles multiply a step the next one is
+    /// unpacked: with so few inputs both take about as long, and memory should wait for neither.
     ///
     /// # Safety
     /// As [`part`](Self::part); `weights` are the part's.
     #[target_feature(enable = "avx512f,avx512bw")]
     unsafe fn stream(&self, part: &Part, weights: *const u8, room: *mut Sums, unpacked: *mut [[Tile; 2]; 2]) {
-        let group_bytes = self.group_bytes;
-        let (chunk, last) = (part.chunks.start, part.chunks.end - 1);
-        let (two, second) = (last > chunk, part.groups - 1);
-        let lower = [chunk, last].map(|chunk| self.inputs.rows_of(chunk) * size_of::<TileRow>());
+        let place = |step: usize, g: usize| {
+            // SAFETY: the room has two steps of two groups.
+            unsafe { (&raw mut (*unpacked.add(step % 2))[g]).cast::<Tile>() }
+        };
+        // SAFETY: this function's conditions. What is asked for ahead need not be there.
+        unsafe {
+            let unpack = |step: usize, g: usize| {
+                if step == part.steps.end {
+                    return;
+                }
+                let group = weights.add(g * self.group_bytes);
+                if let Stored::Quantised(_) = self.stored {
+                    // The next groups' columns, which products with decode steps read first if there are any.
+                    let next = group.wrapping_add(part.groups * self.group_bytes);
+                    for at in (self.bytes_before(step)..self.bytes_before(step + 1)).step_by(VECTOR) {
+                        _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(at).cast());
+                    }
+                }
+                self.unpack(group, step, AHEAD, place(step, g));
+            };
+            (0..part.groups).for_each(|g| unpack(part.steps.start, g));
+            let chunks = [part.chunks.start, part.chunks.end - 1];
+            self.meanwhile(chunks, part.groups, part.steps.clone(), room, place, |step, g| unpack(step + 1, g));
+        }
+    }
+
+    /// Multiplies some steps, whose weights are in a place for each step and group, with one or two tiles of inputs. `unpack`
+    /// is called for each of them when its weights have been loaded, to do something else while tiles multiply.
+    ///
+    /// # Safety
+    /// As [`part`](Self::part); the weights are there.
+    #[inline(always)]
+    unsafe fn meanwhile(
+        &self,
+        chunks: [usize; 2],
+        groups: usize,
+        steps: Range<usize>,
+        room: *mut Sums,
+        place: impl Fn(usize, usize) -> *mut Tile,
+        unpack: impl Fn(usize, usize),
+    ) {
+        let two = chunks[1] > chunks[0];
+        let bytes = chunks.map(|chunk| self.inputs.rows_of(chunk) * size_of::<TileRow>());
         // SAFETY: this function's conditions. What tiles hold stays from one piece of assembly to the next: nothing else uses
         // them.
         unsafe {
-            let unpack = |step: usize, g: usize| {
-                let (group, to) = (weights.add(g * group_bytes), &raw mut (*unpacked.add(step % 2))[g]);
-                match self.stored {
-                    Stored::Quantised(widen) => {
-                        // The next groups' columns, which products with decode steps read first if there are any.
-                        let (steps, next) = (self.k / COLUMNS, group.wrapping_add(part.groups * group_bytes));
-                        for at in (group_bytes * step / steps..group_bytes * (step + 1) / steps).step_by(VECTOR) {
-                            _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(at).cast());
-                        }
-                        widen(group, step, to.cast());
-                    }
-                    _ => unpack(group.add(step * BYTES), COLUMNS.min(self.k - step * COLUMNS), AHEAD, to),
-                }
-            };
-            for g in 0..part.groups {
-                unpack(part.steps.start, g);
-            }
             sums!("tileloadd tmm0, [{sums} + {line}*1]", "tileloadd tmm1, [{sums} + {line}*1 + 1024]", room);
             if two {
                 sums!("tileloadd tmm2, [{sums} + {line}*1 + 2048]", "tileloadd tmm3, [{sums} + {line}*1 + 3072]", room);
             }
-            for step in part.steps.clone() {
-                let more = step + 1 < part.steps.end;
-                let now = unpacked.add(step % 2);
-                let w = [&raw const (*now)[0], &raw const (*now)[second]];
-                let x = [chunk, last].map(|chunk| self.inputs.tile(chunk, step).cast::<u8>());
-                if self.inputs.cut() != Cut::Halved {
+            for step in steps {
+                let w = [place(step, 0), place(step, groups - 1)];
+                let x = chunks.map(|chunk| self.inputs.tile(chunk, step).cast::<u8>());
+                if self.inputs.cut() == Cut::Halved {
+                    step!(x, w, ["tileloadd tmm4, [{x} + {line}*1]" "tileloadd tmm6, [{v} + {line}*1 + 1024]"
+                        "tdpbf16ps tmm0, tmm4, tmm6" "tileloadd tmm7, [{w} + {line}*1 + 1024]"
+                        "tdpbf16ps tmm1, tmm4, tmm7"]);
+                    if two {
+                        step!(x, w, ["tileloadd tmm5, [{y} + {line}*1]" "tdpbf16ps tmm2, tmm5, tmm6"
+                            "tdpbf16ps tmm3, tmm5, tmm7"]);
+                    }
+                    step!(x, w, ["tileloadd tmm6, [{v} + {line}*1]" "tdpbf16ps tmm0, tmm4, tmm6"
+                        "tileloadd tmm7, [{w} + {line}*1]" "tdpbf16ps tmm1, tmm4, tmm7"]);
+                    unpack(step, 0);
+                    if two {
+                        step!(x, w, ["tdpbf16ps tmm2, tmm5, tmm6" "tdpbf16ps tmm3, tmm5, tmm7"]);
+                    }
+                    let x = [x[0].add(bytes[0]), x[1].add(bytes[1])];
+                    step!(x, w, ["tileloadd tmm4, [{x} + {line}*1]" "tdpbf16ps tmm0, tmm4, tmm6"
+                        "tdpbf16ps tmm1, tmm4, tmm7"]);
+                    if two {
+                        step!(x, w, ["tileloadd tmm5, [{y} + {line}*1]" "tdpbf16ps tmm2, tmm5, tmm6"
+                            "tdpbf16ps tmm3, tmm5, tmm7"]);
+                    }
+                } else {
                     step!(x, w, ["tileloadd tmm4, [{x} + {line}*1]" "tileloadd tmm6, [{v} + {line}*1]"
                         "tdpbf16ps tmm0, tmm4, tmm6"]);
                     if two {
                         step!(x, w, ["tileloadd tmm5, [{y} + {line}*1]" "tdpbf16ps tmm2, tmm5, tmm6"]);
                     }
-                    if more {
-                        unpack(step + 1, 0);
-                    }
+                    unpack(step, 0);
                     step!(x, w, ["tileloadd tmm7, [{w} + {line}*1]" "tdpbf16ps tmm1, tmm4, tmm7"]);
                     if two {
                         step!(x, w, ["tdpbf16ps tmm3, tmm5, tmm7"]);
                     }
-                    if more && second == 1 {
-                        unpack(step + 1, 1);
-                    }
-                    continue;
                 }
-                step!(x, w, ["tileloadd tmm4, [{x} + {line}*1]" "tileloadd tmm6, [{v} + {line}*1 + 1024]"
-                    "tdpbf16ps tmm0, tmm4, tmm6" "tileloadd tmm7, [{w} + {line}*1 + 1024]" "tdpbf16ps tmm1, tmm4, tmm7"]);
-                if two {
-                    step!(x, w, ["tileloadd tmm5, [{y} + {line}*1]" "tdpbf16ps tmm2, tmm5, tmm6"
-                        "tdpbf16ps tmm3, tmm5, tmm7"]);
-                }
-                if more {
-                    unpack(step + 1, 0);
-                }
-                step!(x, w, ["tileloadd tmm6, [{v} + {line}*1]" "tdpbf16ps tmm0, tmm4, tmm6"
-                    "tileloadd tmm7, [{w} + {line}*1]" "tdpbf16ps tmm1, tmm4, tmm7"]);
-                if two {
-                    step!(x, w, ["tdpbf16ps tmm2, tmm5, tmm6" "tdpbf16ps tmm3, tmm5, tmm7"]);
-                }
-                let x = [x[0].add(lower[0]), x[1].add(lower[1])];
-                step!(x, w, ["tileloadd tmm4, [{x} + {line}*1]" "tdpbf16ps tmm0, tmm4, tmm6"
-                    "tdpbf16ps tmm1, tmm4, tmm7"]);
-                if two {
-                    step!(x, w, ["tileloadd tmm5, [{y} + {line}*1]" "tdpbf16ps tmm2, tmm5, tmm6"
-                        "tdpbf16ps tmm3, tmm5, tmm7"]);
-                }
-                if more && second == 1 {
-                    unpack(step + 1, 1);
+                if groups == 2 {
+                    unpack(step, 1);
                 }
             }
             sums!("tilestored [{sums} + {line}*1], tmm0", "tilestored [{sums} + {line}*1 + 1024], tmm1", room);
@@ -372,12 +419,43 @@ impl Rounded<'_> {
         }
     }
 
-    /// Multiplies weights with all inputs of the part.
+    /// Unpacks 32 columns of a group; of F16, asks for what is `ahead` bytes behind them.
+    ///
+    /// # Safety
+    /// As [`part`](Self::part); the step is there.
+    #[target_feature(enable = "avx512f,avx512bw")]
+    unsafe fn unpack(&self, group: *const u8, step: usize, ahead: usize, to: *mut Tile) {
+        // SAFETY: this function's conditions.
+        unsafe {
+            match self.stored {
+                Stored::Quantised(widen) => widen(group, step, to),
+                _ => unpack(group.add(step * BYTES), COLUMNS.min(self.k - step * COLUMNS), ahead, to.cast()),
+            }
+        }
+    }
+
+    /// Bytes of a group before a step.
+    fn bytes_before(&self, step: usize) -> usize {
+        match self.stored {
+            Stored::Quantised(_) => self.group_bytes * step / (self.k / COLUMNS),
+            _ => step * BYTES,
+        }
+    }
+
+    /// What is needed of the first group's weights after the steps that begin at `from`: those behind them, or the next
+    /// groups'.
+    fn next(&self, part: &Part, weights: *const u8, from: usize) -> *const u8 {
+        match from + PART < part.steps.end {
+            true => weights.wrapping_add(self.bytes_before(from + PART)),
+            false => weights.wrapping_add(part.groups * self.group_bytes + self.bytes_before(part.steps.start)),
+        }
+    }
+
+    /// Multiplies weights with the part's inputs, in the first `passes` of two tiles each.
     ///
     /// # Safety
     /// As [`part`](Self::part).
-    unsafe fn passes(&self, part: &Part, steps: Range<usize>, weights: &Weights, room: *mut Pair) {
-        let passes = part.chunks.len().div_ceil(2);
+    unsafe fn passes(&self, part: &Part, steps: Range<usize>, weights: &Weights, room: *mut Pair, passes: usize) {
         let bytes = self.group_bytes / self.k.div_ceil(COLUMNS);
         let lines = if weights.next.is_null() { 0 } else { bytes.div_ceil(VECTOR).div_ceil(passes) };
         for pass in 0..passes {
