@@ -5,8 +5,8 @@
 //! unpacked once for all inputs. Each result is the same chain of operations whatever the number of inputs, threads or
 //! the instruction set: a row computed in a batch has the bits of the row computed alone.
 //!
-//! On AMX that holds as well, but BF16 and F16 have chains of their own there, see [`rounded`](super::tiles::rounded), and so
-//! have quantised weights for rows that ask for widened ones, where multiplications count rather than bytes.
+//! On AMX that holds as well, but BF16 and F16 have chains of their own there, see `tiles/rounded.rs`, and so have quantised
+//! weights for rows that ask for widened ones, where multiplications count rather than bytes.
 
 mod dense;
 
