@@ -36,6 +36,16 @@ pub fn has_bf16() -> bool {
     is_available() && is_x86_feature_detected!("avx512bf16")
 }
 
+/// Whether it also is the faster way. An Intel CPU with AMX does one in the time of four multiply-adds (1.0 and 4.0 G a
+/// second on a core), which multiply twice as much; a Zen 5 does not.
+pub fn has_fast_bf16() -> bool {
+    static FAST: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    *FAST.get_or_init(|| {
+        let maker = std::arch::x86_64::__cpuid(0);
+        has_bf16() && [maker.ebx, maker.edx, maker.ecx].map(u32::to_le_bytes).as_flattened() != b"GenuineIntel"
+    })
+}
+
 /// Runs a kernel compiled for AVX-512 with the instruction for bf16.
 ///
 /// # Safety

@@ -135,7 +135,7 @@ impl Isa {
         }
     }
 
-    /// Runs a kernel compiled for this instruction set and, where the CPU has it, the instruction for
+    /// Runs a kernel compiled for this instruction set and, where the CPU has it and is faster with it, the instruction for
     /// [`dot_bf16`](Simd::dot_bf16). For kernels that use it: every kernel more takes its time to compile.
     ///
     /// # Safety
@@ -144,7 +144,7 @@ impl Isa {
         match self.0 {
             // SAFETY: as of `run`.
             #[cfg(target_arch = "x86_64")]
-            Set::Avx512 | Set::Amx if avx512::has_bf16() => unsafe { avx512::enter_bf16(kernel) },
+            Set::Avx512 | Set::Amx if avx512::has_fast_bf16() => unsafe { avx512::enter_bf16(kernel) },
             // SAFETY: as above.
             _ => unsafe { self.run(kernel) },
         }
