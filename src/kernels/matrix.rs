@@ -21,7 +21,9 @@ use super::input::{Cut, Input, InputBlock};
 use super::pool::Pool;
 use super::simd::{Isa, Kernel, LANES, Simd};
 #[cfg(target_arch = "x86_64")]
-use super::tiles::rounded::{self, Alone, Stored};
+use super::tiles::rounded::{self, Stored};
+#[cfg(target_arch = "x86_64")]
+use super::tiles::unpack::{Alone, widen};
 use crate::weights::WeightType;
 
 /// Multiplications below which waking other threads costs more than it saves.
@@ -305,7 +307,7 @@ impl Task<'_> {
                 }
             };
             #[cfg(target_arch = "x86_64")]
-            if let Some(tiles) = self.tiles(Cut::Widened, Stored::Quantised(rounded::widen::<F>)) {
+            if let Some(tiles) = self.tiles(Cut::Widened, Stored::Quantised(widen::<F>)) {
                 // Where there are both, in turns: the tiles' work is the time in which memory brings the next groups.
                 let together = if m == 0 { self.count } else { 2 };
                 for first in (0..self.count).step_by(together) {

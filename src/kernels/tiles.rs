@@ -1,4 +1,5 @@
-//! AMX: whether it is there, and how its tiles are set up. [`rounded`] multiplies with them.
+//! AMX: whether it is there, and how its tiles are set up. [`rounded`] multiplies with them what
+//! [`unpack`] makes of weights.
 //!
 //! Instructions: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18, and volume 2.
 
@@ -7,6 +8,7 @@ use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::sync::OnceLock;
 
 pub(super) mod rounded;
+pub(super) mod unpack;
 #[cfg(all(test, target_os = "linux"))]
 mod emulator;
 
