@@ -16,6 +16,7 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use crate::error::{Error, Result};
 use crate::executor::options::{GenerationOptions, TokenLogprob};
+use crate::kernels::simd::{Isa, Ordinary};
 
 /// Logits in one step of a vectorised loop; also the number of partial results it keeps.
 const LANES: usize = 16;
@@ -199,12 +200,14 @@ impl Sampler {
             // Among tokens as likely as the last one of the nucleus, those with higher ids are outside.
             let (upto, after) = weights.split_at_mut(cut_token + 1);
             let (logits_upto, logits_after) = logits.split_at(cut_token + 1);
-            for (weight, &logit) in upto.iter_mut().zip(logits_upto) {
-                *weight = if logit >= cut_logit { *weight } else { 0.0 };
-            }
-            for (weight, &logit) in after.iter_mut().zip(logits_after) {
-                *weight = if logit > cut_logit { *weight } else { 0.0 };
-            }
+            Isa::detect().compile(|| {
+                for (weight, &logit) in upto.iter_mut().zip(logits_upto) {
+                    *weight = if logit >= cut_logit { *weight } else { 0.0 };
+                }
+                for (weight, &logit) in after.iter_mut().zip(logits_after) {
+                    *weight = if logit > cut_logit { *weight } else { 0.0 };
+                }
+            });
         }
         if self.min_p > 0.0 {
             for weight in weights.iter_mut() {
@@ -212,9 +215,11 @@ impl Sampler {
             }
         }
         if self.top_p < 1.0 || self.min_p > 0.0 {
-            for (sum, block) in block_sums.iter_mut().zip(weights.chunks(BLOCK)) {
-                *sum = lane_sum(block);
-            }
+            Isa::detect().compile(|| {
+                for (sum, block) in block_sums.iter_mut().zip(weights.chunks(BLOCK)) {
+                    *sum = lane_sum(block);
+                }
+            });
         }
         Kept::Weighted
     }
@@ -316,22 +321,20 @@ impl Penalties {
 /// One pass that the compiler vectorises: `LANES` running maxima, and the block where the maximum rose last; only that
 /// block is scanned again for the position. NaN shows as a logit that differs from itself.
 fn most_likely(logits: &[f32]) -> Result<(u32, f32)> {
+    let isa = Isa::detect();
     let mut max = f32::NEG_INFINITY;
     let mut max_block = None;
     for (i, block) in logits.chunks(BLOCK).enumerate() {
         let mut maxima = [f32::NEG_INFINITY; LANES];
         let mut nans = [0u32; LANES];
-        let (chunks, rest) = block.as_chunks::<LANES>();
-        let mut step = |chunk: &[f32]| {
-            for ((maximum, nan), &logit) in maxima.iter_mut().zip(&mut nans).zip(chunk) {
-                *maximum = if logit > *maximum { logit } else { *maximum };
-                *nan |= u32::from(logit.is_nan());
+        isa.compile(|| {
+            for chunk in block.chunks(LANES) {
+                for ((maximum, nan), &logit) in maxima.iter_mut().zip(&mut nans).zip(chunk) {
+                    *maximum = if logit > *maximum { logit } else { *maximum };
+                    *nan |= u32::from(logit.is_nan());
+                }
             }
-        };
-        for chunk in chunks {
-            step(chunk);
-        }
-        step(rest);
+        });
         if nans.iter().any(|&nan| nan != 0) {
             let token = i * BLOCK + block.iter().position(|logit| logit.is_nan()).unwrap_or(0);
             return Err(Error::Tensors(format!(
@@ -409,15 +412,36 @@ fn logit_of(key: u64) -> f32 {
 
 /// `weights[i] = exp((logits[i] - max) * scale)`, and the sum of each block of them. `max` and `scale` are finite.
 fn weigh(logits: &[f32], max: f32, scale: f32, weights: &mut Vec<f32>, block_sums: &mut Vec<f64>) {
-    weights.clear();
-    block_sums.clear();
-    for block in logits.chunks(BLOCK) {
-        weights.extend(block.iter().map(|&logit| exp((logit - max) * scale)));
-        block_sums.push(lane_sum(&weights[weights.len() - block.len()..]));
+    weights.resize(logits.len(), 0.0);
+    block_sums.resize(logits.len().div_ceil(BLOCK), 0.0);
+    Isa::detect().run_ordinary(Weigh { logits, max, scale, weights, block_sums });
+}
+
+struct Weigh<'a> {
+    logits: &'a [f32],
+    max: f32,
+    scale: f32,
+    weights: &'a mut [f32],
+    block_sums: &'a mut [f64],
+}
+
+impl Ordinary for Weigh<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let blocks = self.weights.chunks_mut(BLOCK).zip(self.logits.chunks(BLOCK));
+        for ((weights, logits), sum) in blocks.zip(self.block_sums) {
+            for (weight, &logit) in weights.iter_mut().zip(logits) {
+                *weight = exp((logit - self.max) * self.scale);
+            }
+            *sum = lane_sum(weights);
+        }
     }
 }
 
 /// Sum in f64 over eight lanes: one addition after the other would wait for each.
+#[inline(always)]
 fn lane_sum(weights: &[f32]) -> f64 {
     let mut sums = [0.0f64; 8];
     let (chunks, rest) = weights.as_chunks::<8>();

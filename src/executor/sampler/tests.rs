@@ -155,6 +155,21 @@ fn exponential_is_accurate() {
 }
 
 #[test]
+fn every_instruction_set_weighs_the_same() {
+    let logits: Vec<f32> = random_logits(3, 2 * BLOCK + 21, 30.0, 0.0);
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weighed = |isa: Isa| {
+        let (mut weights, mut block_sums) = (vec![f32::NAN; logits.len()], vec![f64::NAN; 3]);
+        let (weights, block_sums) = (&mut weights[..], &mut block_sums[..]);
+        isa.run_ordinary(Weigh { logits: &logits, max, scale: 1.25, weights, block_sums });
+        (weights.to_vec(), block_sums.to_vec())
+    };
+    let wanted = weighed(Isa::SCALAR);
+    assert!(wanted.0.contains(&1.0));
+    assert!(Isa::available().into_iter().all(|isa| weighed(isa) == wanted));
+}
+
+#[test]
 fn nucleus_of_a_flat_distribution() {
     // No token stands out, so the candidates are the whole vocabulary and several rounds of sorting are needed.
     let logits = random_logits(3, 40_000, 0.001, 0.0);

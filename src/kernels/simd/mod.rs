@@ -108,7 +108,7 @@ impl Isa {
     /// AMX, where it is there or can be emulated.
     #[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]
     pub(super) fn with_tiles() -> Option<Isa> {
-        (avx512::is_available() && crate::kernels::tiles::is_there_or_emulated()).then_some(Isa(Set::Amx))
+        (avx512::has_bf16() && crate::kernels::tiles::is_there_or_emulated()).then_some(Isa(Set::Amx))
     }
 
     /// Runs a kernel compiled for this instruction set.
@@ -150,22 +150,49 @@ impl Isa {
         }
     }
 
-    /// Runs ordinary code that the compiler may use this instruction set's vectors for.
+    /// Runs ordinary code that the compiler may use this instruction set's vectors for. A closure that is too long for it to
+    /// inline gets none, see [`Ordinary`].
     #[inline]
     pub fn compile<R>(self, code: impl FnOnce() -> R) -> R {
+        self.run_ordinary(Short(code))
+    }
+
+    /// The same, however long the code is.
+    #[inline]
+    pub fn run_ordinary<C: Ordinary>(self, code: C) -> C::Output {
         // SAFETY: ordinary code has no conditions.
-        unsafe { self.run(Ordinary(code)) }
+        unsafe { self.run(Every(code)) }
     }
 }
 
-struct Ordinary<F>(F);
+/// Code without vectors of its own, for every instruction set. `run` must be `#[inline(always)]`, and so must what it calls.
+pub trait Ordinary {
+    /// What it returns.
+    type Output;
 
-impl<R, F: FnOnce() -> R> Kernel for Ordinary<F> {
+    /// Runs.
+    fn run(self) -> Self::Output;
+}
+
+struct Short<F>(F);
+
+impl<R, F: FnOnce() -> R> Ordinary for Short<F> {
     type Output = R;
 
     #[inline(always)]
-    unsafe fn run<S: Simd>(self) -> R {
+    fn run(self) -> R {
         (self.0)()
+    }
+}
+
+struct Every<C>(C);
+
+impl<C: Ordinary> Kernel for Every<C> {
+    type Output = C::Output;
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) -> C::Output {
+        self.0.run()
     }
 }
 
