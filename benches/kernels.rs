@@ -88,8 +88,8 @@ fn matmul(c: &mut Criterion) {
         for m in [1, 4, 16, 128, 512] {
             let mut input = Input::default();
             // So many are of prompts, which may ask for it.
-            let widened_rows = if m > 16 { m } else { 0 };
-            for (i, value) in input.reset(m, widened_rows, K).iter_mut().enumerate() {
+            let bf16_rows = if m > 16 { m } else { 0 };
+            for (i, value) in input.reset(m, bf16_rows, K).iter_mut().enumerate() {
                 *value = ((i * 31 + 7) % 257) as f32 / 128.5 - 1.0;
             }
             input.prepare(&pool, isa, std::iter::once(dtype));

@@ -70,9 +70,9 @@ struct Arguments {
     /// Types of weights, all when absent.
     #[arg(long, value_delimiter = ',', value_parser = parse_type)]
     types: Vec<WeightType>,
-    /// Compute rows as those of prompts whose weights are widened, instead of decode steps.
+    /// Compute rows as those of prompts in BF16, instead of decode steps.
     #[arg(long)]
-    widen_prompts: bool,
+    bf16_prompts: bool,
     /// The program that writes llama.cpp's logits.
     #[arg(long)]
     llama: Option<PathBuf>,
@@ -293,7 +293,7 @@ fn interleave(tensor: &Tensor, heads: usize) -> Result<Tensor> {
 struct Bench {
     device: DeviceSpec,
     sequences: Vec<Vec<u32>>,
-    widen_prompts: bool,
+    bf16_prompts: bool,
     llama: Option<PathBuf>,
     folder: tempfile::TempDir,
 }
@@ -305,7 +305,7 @@ impl Bench {
 
     /// Logits of every position from a pipeline of one stage.
     fn ours(&self, model: &Path, kv_type: KvType) -> Result<Vec<f32>> {
-        let options = PipelineOptions { kv_type, widen_prompts: self.widen_prompts, ..PipelineOptions::default() };
+        let options = PipelineOptions { kv_type, bf16_prompts: self.bf16_prompts, ..PipelineOptions::default() };
         let model = model.to_str().context("the temporary folder's name is not UTF-8")?;
         let pipeline = HeterogeneousPipeline::with_options(&[self.device], model, options)?;
         let mut backend = pipeline.stage_source(0).load(&|_| {})?;
@@ -319,7 +319,7 @@ impl Bench {
                     position,
                     len: 1,
                     length: position + 1,
-                    decode: !self.widen_prompts,
+                    decode: !self.bf16_prompts,
                     wanted: Wanted::Logits,
                 };
                 let batch = MicroBatch { slices: vec![slice], tokens: vec![token] };
@@ -443,7 +443,7 @@ async fn run() -> Result<()> {
     let bench = Bench {
         device: arguments.device,
         sequences,
-        widen_prompts: arguments.widen_prompts,
+        bf16_prompts: arguments.bf16_prompts,
         llama: arguments.llama,
         folder,
     };

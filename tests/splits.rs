@@ -200,11 +200,12 @@ async fn halves_of_f32_have_the_same_bits_in_chunks_batches_and_cuts() {
 
 /// Where there is AMX prompts are computed in another way than decode steps; elsewhere the option changes nothing.
 #[tokio::test]
-async fn widened_prompts_have_the_same_bits_in_chunks_batches_and_cuts() {
-    for file in ["demo-q8_0.gguf", "demo-q4_0.gguf"] {
+async fn prompts_in_bf16_have_the_same_bits_in_chunks_batches_and_cuts() {
+    // The folder's own weights are F16.
+    for file in ["", "demo-q8_0.gguf", "demo-q4_0.gguf"] {
         let model = format!("{DEMO_MODEL}/{file}");
-        let executor = async |devices: &str, widen_prompts, prefill_chunk| {
-            let options = PipelineOptions { widen_prompts, ..PipelineOptions::default() };
+        let executor = async |devices: &str, bf16_prompts, prefill_chunk| {
+            let options = PipelineOptions { bf16_prompts, ..PipelineOptions::default() };
             let devices = DeviceSpec::parse_list(devices).unwrap();
             let pipeline = HeterogeneousPipeline::with_options(&devices, &model, options).unwrap();
             let options = ExecutorOptions { prefill_chunk, ..ExecutorOptions::default() };

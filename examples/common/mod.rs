@@ -103,9 +103,9 @@ pub struct Flags {
     /// Instructions that CPU stages use: avx512, avx2, neon, scalar, as far as the CPU has them. The best when absent.
     #[arg(long)]
     pub isa: Option<Isa>,
-    /// Widen quantised weights for prompts on CPU stages with AMX: faster for one sequence at a time.
+    /// Compute prompts in BF16 on CPU stages with AMX: faster for one sequence at a time.
     #[arg(long)]
-    pub widen_prompts: bool,
+    pub bf16_prompts: bool,
     /// Decode on Apple GPUs with candle's kernels instead of the fused ones.
     #[arg(long)]
     pub no_fused: bool,
@@ -153,7 +153,7 @@ impl Flags {
             dtype: self.dtype.as_deref().map(parse_dtype).transpose()?,
             kv_type: self.kv_type,
             isa: self.isa,
-            widen_prompts: self.widen_prompts,
+            bf16_prompts: self.bf16_prompts,
             metal: MetalExtOptions { fused: !self.no_fused, ..metal_options()? },
             ..PipelineOptions::default()
         })

@@ -40,7 +40,7 @@ struct Stage {
     cpu: Cpu,
     ropes: Arc<Ropes>,
     kv_type: KvType,
-    widen_prompts: bool,
+    bf16_prompts: bool,
     /// Index of the first layer in the model.
     first: usize,
 }
@@ -63,8 +63,8 @@ impl SequenceKv {
 /// The values of a step. They grow to the largest step and stay.
 #[derive(Default)]
 struct Buffers {
-    x: Vec<f32>,         // (rows, hidden_size), the residual stream
-    widened_rows: usize, // how many of the rows, the last ones, meet widened weights
+    x: Vec<f32>,      // (rows, hidden_size), the residual stream
+    bf16_rows: usize, // how many of the rows, the last ones, are computed in BF16 where there is AMX
     input: Input,
     q: Values,      // (rows, heads * head_dim)
     k: Values,      // (rows, kv_heads * head_dim)
@@ -78,7 +78,7 @@ struct Buffers {
 
 impl Buffers {
     fn bytes(&self) -> u64 {
-        let Buffers { x, input, q, k, v, gate, up, branch, global, local, widened_rows: _ } = self;
+        let Buffers { x, input, q, k, v, gate, up, branch, global, local, bf16_rows: _ } = self;
         let angles = [&global.cos, &global.sin, &local.cos, &local.sin];
         let values: usize = [x].into_iter().chain(angles).map(Vec::capacity).sum();
         let products: u64 = [q, k, v, gate, up, branch].into_iter().map(Values::bytes).sum();
@@ -117,7 +117,7 @@ impl Build for Cpu {
 impl CpuBackend {
     /// Loads a stage tensor by tensor; `progress` hears of bytes as they arrive.
     pub fn load(source: &StageSource, cpu: &Cpu, progress: &dyn Fn(u64)) -> Result<Self> {
-        let StageSource { config, layers, ropes, dense_type, kv_type, widen_prompts, .. } = source;
+        let StageSource { config, layers, ropes, dense_type, kv_type, bf16_prompts, .. } = source;
         if config.head_dim > MOST_DIMS {
             return Err(Error::Unsupported {
                 what: "head_dim",
@@ -131,7 +131,7 @@ impl CpuBackend {
             cpu: cpu.clone(),
             ropes: ropes.clone(),
             kv_type: *kv_type,
-            widen_prompts: *widen_prompts,
+            bf16_prompts: *bf16_prompts,
             first: layers.start,
         };
         Ok(CpuBackend { weights, stage, sequences: HashMap::new(), buffers: Buffers::default() })
@@ -155,7 +155,7 @@ impl CpuBackend {
         let config = &*stage.config;
         let (rows, hidden) = (batch.tokens.len(), config.hidden_size);
         let prompt_rows = batch.prompt_rows()?;
-        buffers.widened_rows = if stage.widen_prompts { prompt_rows } else { 0 };
+        buffers.bf16_rows = if stage.bf16_prompts { prompt_rows } else { 0 };
         match (input, &weights.embeddings) {
             (None, Some(table)) => stage.embed(table, &batch.tokens, grown(&mut buffers.x, rows * hidden))?,
             (Some(input), None) => {
@@ -234,10 +234,10 @@ impl Stage {
         let rows = batch.tokens.len();
         let (heads, kv_heads, head_dim) = (config.num_attention_heads, config.num_key_value_heads, config.head_dim);
         let (q_width, kv_width) = (heads * head_dim, kv_heads * head_dim);
-        let Buffers { x, widened_rows, input, q, k, v, branch, global, local, .. } = buffers;
+        let Buffers { x, bf16_rows, input, q, k, v, branch, global, local, .. } = buffers;
         let (q, k, v) = (q.room(rows * q_width), k.room(rows * kv_width), v.room(rows * kv_width));
 
-        self.norm_into(&x[..rows * config.hidden_size], &layer.attn_norm, input, *widened_rows);
+        self.norm_into(&x[..rows * config.hidden_size], &layer.attn_norm, input, *bf16_rows);
         if watch.wants_activations() {
             watch.tap(Tap::PostNorm, input.values());
         }
@@ -277,7 +277,7 @@ impl Stage {
         });
         watch.lap(number, Phase::Rope);
 
-        let mut mixed = input.reset(rows, *widened_rows, q_width);
+        let mut mixed = input.reset(rows, *bf16_rows, q_width);
         let mut attention = Vec::with_capacity(batch.slices.len());
         let mut start = 0;
         for (slice, kv) in batch.slices.iter().zip(kv) {
@@ -357,9 +357,9 @@ impl Stage {
         let number = Some(self.first + index);
         let (config, isa) = (&*self.config, self.cpu.isa);
         let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-        let Buffers { x, widened_rows, input, gate, up, branch, .. } = buffers;
+        let Buffers { x, bf16_rows, input, gate, up, branch, .. } = buffers;
         let (gate, up) = (gate.room(rows * inner), up.room(rows * inner));
-        self.norm_into(&x[..rows * hidden], &layer.mlp_norm, input, *widened_rows);
+        self.norm_into(&x[..rows * hidden], &layer.mlp_norm, input, *bf16_rows);
         watch.lap(number, Phase::MlpNorm);
         self.project(input, [(&layer.gate_proj, &mut *gate), (&layer.up_proj, &mut *up)]);
         let activation = match config.activation {
@@ -367,7 +367,7 @@ impl Stage {
             Activation::Gelu => ops::Activation::Gelu,
             Activation::GeluTanh => ops::Activation::GeluTanh,
         };
-        let gated = input.reset(rows, *widened_rows, inner);
+        let gated = input.reset(rows, *bf16_rows, inner);
         let parts = [RowsMut::new(gated, inner), RowsMut::new(gate, inner), RowsMut::new(up, inner)];
         each_row(&self.cpu.pool, parts, |_, [gated, gate, up]| {
             self.add_bias(gate, &layer.gate_proj);
@@ -418,10 +418,10 @@ impl Stage {
     }
 
     /// The norm of `x` as the next products' input; x itself where the model has no norm.
-    fn norm_into(&self, x: &[f32], weight: &Option<Vec<f32>>, input: &mut Input, widened_rows: usize) {
+    fn norm_into(&self, x: &[f32], weight: &Option<Vec<f32>>, input: &mut Input, bf16_rows: usize) {
         let hidden = self.config.hidden_size;
         let eps = self.config.rms_norm_eps as f32;
-        let normed = input.reset(x.len() / hidden, widened_rows, hidden);
+        let normed = input.reset(x.len() / hidden, bf16_rows, hidden);
         each_row(&self.cpu.pool, [RowsMut::new(normed, hidden)], |row, [normed]| {
             let x = &x[row * hidden..][..hidden];
             match weight {

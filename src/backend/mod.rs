@@ -43,8 +43,8 @@ pub struct StageSource {
     pub dense_type: Option<WeightType>,
     /// Type of keys and values on a CPU.
     pub kv_type: KvType,
-    /// Whether a CPU with AMX widens quantised weights for prompts.
-    pub widen_prompts: bool,
+    /// Whether a CPU with AMX computes prompts in BF16.
+    pub bf16_prompts: bool,
     /// How metal-ext's kernels are used on an Apple GPU.
     pub metal: MetalExtOptions,
 }

@@ -1,6 +1,8 @@
 //! The inputs of a matrix product: rows of f32, the same in 8 bits for quantised matrices, in BF16 for those of that type,
 //! and cut up for AMX's tiles. Several matrices that read the same input (q, k and v; gate and up) share one.
 
+use std::ops::Range;
+
 use half::bf16;
 
 use super::pool::Pool;
@@ -43,17 +45,17 @@ pub struct TileRow(pub [bf16; BLOCK]);
 pub enum Cut {
     /// Values are rounded to the nearest BF16.
     Rounded,
-    /// Values are the sum of two BF16, see [`halves`].
+    /// Values are the sum of two BF16, see [`halves`]; the rows that meet weights in BF16 are left out.
     Halved,
-    /// Those of the rows that meet widened weights are rounded, others left out.
-    Widened,
+    /// The rows that meet weights in BF16 are rounded, others left out.
+    Bf16,
 }
 
 impl Cut {
     /// Tiles that a tile's values take.
     pub fn parts(self) -> usize {
         match self {
-            Cut::Rounded | Cut::Widened => 1,
+            Cut::Rounded | Cut::Bf16 => 1,
             Cut::Halved => 2,
         }
     }
@@ -107,7 +109,7 @@ impl TileRows<'_> {
 #[derive(Default)]
 pub struct Input {
     rows: usize,
-    widened_rows: usize,
+    bf16_rows: usize,
     columns: usize,
     values: Vec<f32>,        // (rows, columns)
     blocks: Vec<InputBlock>, // (columns / BLOCK, `quantised`)
@@ -115,7 +117,7 @@ pub struct Input {
     pairs: Vec<[bf16; 2]>, // (rows, columns / 2, rounded up)
     rounded: bool,
     tiles: [Tiles; 3], // by `Cut`
-    halves: Vec<f32>,  // (2, columns)
+    halves: Vec<f32>,  // (2, columns), of the first row
     halved: bool,
 }
 
@@ -128,10 +130,10 @@ struct Tiles {
 
 impl Input {
     /// Makes room for `rows` rows of `columns` values and lends them for writing; what was in them is unspecified. The last
-    /// `widened_rows` of them meet quantised weights that are widened, where there are tiles.
-    pub fn reset(&mut self, rows: usize, widened_rows: usize, columns: usize) -> &mut [f32] {
-        assert!(widened_rows <= rows, "{widened_rows} of {rows} rows");
-        (self.rows, self.widened_rows, self.columns) = (rows, widened_rows, columns);
+    /// `bf16_rows` of them meet weights in BF16 where there are tiles, unless these are F32.
+    pub fn reset(&mut self, rows: usize, bf16_rows: usize, columns: usize) -> &mut [f32] {
+        assert!(bf16_rows <= rows, "{bf16_rows} of {rows} rows");
+        (self.rows, self.bf16_rows, self.columns) = (rows, bf16_rows, columns);
         (self.quantised, self.rounded, self.halved) = (0, false, false);
         self.tiles.iter_mut().for_each(|tiles| tiles.made = false);
         if self.values.len() < rows * columns {
@@ -154,9 +156,9 @@ impl Input {
         self.rows
     }
 
-    /// The first that meets widened weights.
-    pub fn first_widened(&self) -> usize {
-        self.rows - self.widened_rows
+    /// The first that meets weights in BF16.
+    pub fn first_bf16(&self) -> usize {
+        self.rows - self.bf16_rows
     }
 
     /// Their length.
@@ -236,21 +238,25 @@ impl Input {
 
     /// The rows in BF16 by sixteen, for tiles. `None` until they have been made.
     pub fn tiles(&self, cut: Cut) -> Option<TileRows<'_>> {
-        let first = self.first(cut);
-        let (rows, steps) = (self.rows - first, self.columns.div_ceil(BLOCK));
+        let (rows, steps) = (self.rows_to_cut(cut), self.columns.div_ceil(BLOCK));
         let Tiles { lines, made } = &self.tiles[cut as usize];
-        (*made && rows > 0).then_some(TileRows { lines, first, rows, steps, cut })
+        let there = *made && !rows.is_empty();
+        there.then_some(TileRows { lines, first: rows.start, rows: rows.len(), steps, cut })
     }
 
-    /// The first row that is cut.
-    fn first(&self, cut: Cut) -> usize {
-        if cut == Cut::Widened { self.first_widened() } else { 0 }
+    /// The rows that are cut in a way.
+    pub fn rows_to_cut(&self, cut: Cut) -> Range<usize> {
+        match cut {
+            Cut::Rounded => 0..self.rows,
+            Cut::Halved => 0..self.first_bf16(),
+            Cut::Bf16 => self.first_bf16()..self.rows,
+        }
     }
 
     /// Makes the tiles.
     pub fn cut(&mut self, pool: &Pool, isa: Isa, cut: Cut) {
-        let (first, columns) = (self.first(cut), self.columns);
-        let rows = self.rows - first;
+        let (first, columns) = (self.rows_to_cut(cut).start, self.columns);
+        let rows = self.rows_to_cut(cut).len();
         let steps = columns.div_ceil(BLOCK);
         let chunks = rows.div_ceil(TILE);
         let padded = if chunks > 2 { chunks * TILE } else { rows };
@@ -278,7 +284,7 @@ impl Input {
                     // SAFETY: there are lines for the parts of `padded` rows, and each row has its own.
                     unsafe {
                         match cut {
-                            Cut::Rounded | Cut::Widened => lines.0.add(line).write(TileRow(x.map(to_bf16))),
+                            Cut::Rounded | Cut::Bf16 => lines.0.add(line).write(TileRow(x.map(to_bf16))),
                             Cut::Halved => {
                                 let halves = x.map(halves);
                                 lines.0.add(line).write(TileRow(halves.map(|[high, _]| to_bf16(high))));

@@ -5,8 +5,8 @@
 //! unpacked once for all inputs. Each result is the same chain of operations whatever the number of inputs, threads or
 //! the instruction set: a row computed in a batch has the bits of the row computed alone.
 //!
-//! On AMX that holds as well, but BF16 and F16 have chains of their own there, see `tiles/rounded.rs`, and so have quantised
-//! weights for rows that ask for widened ones, where multiplications count rather than bytes.
+//! On AMX that holds as well, but BF16 and F16 have chains of their own there, see `tiles/rounded.rs`, and so have F16 and
+//! quantised weights for rows that ask for BF16, where multiplications count rather than bytes.
 
 mod dense;
 
@@ -23,7 +23,7 @@ use super::simd::{Isa, Kernel, LANES, Simd};
 #[cfg(target_arch = "x86_64")]
 use super::tiles::rounded::{self, Stored};
 #[cfg(target_arch = "x86_64")]
-use super::tiles::unpack::{Alone, widen};
+use super::tiles::unpack::{Alone, narrow, widen};
 use crate::weights::WeightType;
 
 /// Multiplications below which waking other threads costs more than it saves.
@@ -178,7 +178,7 @@ fn needs_blocks(dtype: WeightType) -> bool {
 
 /// Of how many rows, from the first on.
 fn rows_in_blocks(input: &Input, isa: Isa) -> usize {
-    if isa.has_tiles() { input.first_widened() } else { input.rows() }
+    if isa.has_tiles() { input.first_bf16() } else { input.rows() }
 }
 
 /// Whether they read its pairs, see [`Input::round`].
@@ -187,19 +187,19 @@ fn needs_pairs(dtype: WeightType, isa: Isa) -> bool {
 }
 
 /// How the tiles that they read are cut, see [`Input::cut`], unless [`reads_halves`].
-fn needs_tiles(dtype: WeightType, isa: Isa) -> Option<Cut> {
-    let cut = match dtype {
-        WeightType::F32 => None,
-        WeightType::BF16 => Some(Cut::Rounded),
-        WeightType::F16 => Some(Cut::Halved),
-        _ => Some(Cut::Widened),
-    };
-    cut.filter(|_| isa.has_tiles())
+fn needs_tiles(dtype: WeightType, isa: Isa) -> &'static [Cut] {
+    match dtype {
+        _ if !isa.has_tiles() => &[],
+        WeightType::F32 => &[],
+        WeightType::BF16 => &[Cut::Rounded],
+        WeightType::F16 => &[Cut::Halved, Cut::Bf16],
+        _ => &[Cut::Bf16],
+    }
 }
 
 /// Whether they read [`Input::halves`] instead of tiles: a single row is faster without those.
-fn reads_halves(cut: Cut, rows: usize) -> bool {
-    cut == Cut::Halved && rows == 1
+fn reads_halves(cut: Cut, input: &Input) -> bool {
+    cut == Cut::Halved && input.rows_to_cut(cut).len() == 1
 }
 
 impl Input {
@@ -211,9 +211,9 @@ impl Input {
         if dtypes.clone().any(|dtype| needs_pairs(dtype, isa)) {
             self.round(pool, isa);
         }
-        for cut in [Cut::Rounded, Cut::Halved, Cut::Widened] {
-            if dtypes.clone().any(|dtype| needs_tiles(dtype, isa) == Some(cut)) {
-                match reads_halves(cut, self.rows()) {
+        for cut in [Cut::Rounded, Cut::Halved, Cut::Bf16] {
+            if dtypes.clone().any(|dtype| needs_tiles(dtype, isa).contains(&cut)) {
+                match reads_halves(cut, self) {
                     true => self.halve(isa),
                     false => self.cut(pool, isa, cut),
                 }
@@ -236,11 +236,11 @@ pub fn multiply(pool: &Pool, isa: Isa, input: &Input, products: &mut [Product]) 
             !needs_pairs(product.matrix.dtype, isa) || pairs == k.div_ceil(2) * m,
             "the input has not been rounded"
         );
-        let is_cut = |cut| match reads_halves(cut, m) {
+        let is_cut = |&cut: &Cut| match reads_halves(cut, input) {
             true => input.halves().len() == 2 * k,
-            false => input.tiles(cut).is_some() || cut == Cut::Widened && input.first_widened() == m,
+            false => input.tiles(cut).is_some() || input.rows_to_cut(cut).is_empty(),
         };
-        assert!(m == 0 || needs_tiles(product.matrix.dtype, isa).is_none_or(is_cut), "the input has not been cut");
+        assert!(needs_tiles(product.matrix.dtype, isa).iter().all(is_cut), "the input has not been cut");
     }
     // A task is a run of groups of one matrix. Four at a time, which is how dense ones are multiplied.
     let work: usize = products.iter().map(|p| p.matrix.n * p.matrix.k).sum();
@@ -307,35 +307,37 @@ impl Task<'_> {
                 }
             };
             #[cfg(target_arch = "x86_64")]
-            if let Some(tiles) = self.tiles(Cut::Widened, Stored::Quantised(widen::<F>)) {
-                // Where there are both, in turns: the tiles' work is the time in which memory brings the next groups.
-                let together = if m == 0 { self.count } else { 2 };
-                for first in (0..self.count).step_by(together) {
-                    let groups = first..self.count.min(first + together);
-                    blocks(groups.clone());
-                    // SAFETY: the CPU has tiles; else as above.
-                    unsafe { tiles.run(groups) };
-                }
-                return;
+            if let Some(tiles) = self.tiles(Cut::Bf16, Stored::Other(widen::<F>)) {
+                return self.in_turns(m, blocks, &tiles);
             }
             blocks(0..self.count);
         }, dense => {
             #[cfg(target_arch = "x86_64")]
             {
-                if *dtype == WeightType::F16 && self.isa.has_tiles() && reads_halves(Cut::Halved, m) {
-                    let (out, first, count, n, k) = (self.out, self.first, self.count, *n, *k);
-                    let product = Alone { weights, halves: self.input.halves(), out, first, count, n, k };
-                    // SAFETY: the CPU has AVX-512; else as above.
-                    return unsafe { product.run() };
-                }
-                let tiles = match dtype {
-                    WeightType::BF16 => self.tiles(Cut::Rounded, Stored::Bf16),
-                    WeightType::F16 => self.tiles(Cut::Halved, Stored::F16),
-                    _ => None,
-                };
-                if let Some(tiles) = tiles {
+                if *dtype == WeightType::BF16
+                    && let Some(tiles) = self.tiles(Cut::Rounded, Stored::Bf16)
+                {
                     // SAFETY: the CPU has tiles; else as above.
                     return unsafe { tiles.run(0..self.count) };
+                }
+                if *dtype == WeightType::F16 && self.isa.has_tiles() {
+                    let tiles = self.tiles(Cut::Halved, Stored::F16);
+                    let halved = |groups: Range<usize>| match (reads_halves(Cut::Halved, self.input), &tiles) {
+                        (true, _) => {
+                            let weights = weights.wrapping_add(groups.start * group_bytes);
+                            let (first, count, n, k) = (self.first + groups.start, groups.len(), *n, *k);
+                            let product = Alone { weights, halves: self.input.halves(), out: self.out, first, count, n, k };
+                            // SAFETY: the CPU has AVX-512; else as above.
+                            unsafe { product.run() }
+                        }
+                        // SAFETY: the CPU has tiles; else as above.
+                        (false, Some(tiles)) => unsafe { tiles.run(groups) },
+                        (false, None) => {}
+                    };
+                    return match self.tiles(Cut::Bf16, Stored::Other(narrow)) {
+                        Some(rounded) => self.in_turns(self.input.first_bf16(), halved, &rounded),
+                        None => halved(0..self.count),
+                    };
                 }
             }
             let kernel = Dense {
@@ -365,6 +367,18 @@ impl Task<'_> {
 
 #[cfg(target_arch = "x86_64")]
 impl Task<'_> {
+    /// The products of two kinds of rows, of which `others` has so many: where there are both, in turns, so that the tiles'
+    /// work is the time in which memory brings the next groups.
+    fn in_turns(&self, others: usize, product: impl Fn(Range<usize>), tiles: &rounded::Rounded) {
+        let together = if others == 0 { self.count } else { 2 };
+        for first in (0..self.count).step_by(together) {
+            let groups = first..self.count.min(first + together);
+            product(groups.clone());
+            // SAFETY: `multiply` has checked the sizes and no other task has these groups; who has tiles has the CPU for it.
+            unsafe { tiles.run(groups) };
+        }
+    }
+
     /// The product of the rows that are cut in this way, if there are tiles and such rows.
     fn tiles(&self, cut: Cut, stored: Stored) -> Option<rounded::Rounded<'_>> {
         let Matrix { n, k, data, .. } = self.matrix;
@@ -674,10 +688,10 @@ mod tests {
         (wide, Matrix::pack(&pool, dtype, &shifted[1..], n, k).unwrap())
     }
 
-    /// The last `widened_rows` of `m` meet widened weights.
-    fn inputs(m: usize, widened_rows: usize, k: usize, pool: &Pool, isa: Isa) -> Input {
+    /// The last `bf16_rows` of `m` meet weights in BF16.
+    fn inputs(m: usize, bf16_rows: usize, k: usize, pool: &Pool, isa: Isa) -> Input {
         let mut input = Input::default();
-        for (i, v) in input.reset(m, widened_rows, k).iter_mut().enumerate() {
+        for (i, v) in input.reset(m, bf16_rows, k).iter_mut().enumerate() {
             *v = ((i * 31 + 7) % 257) as f32 / 128.5 - 1.0;
         }
         input.round(pool, isa);
@@ -722,21 +736,22 @@ mod tests {
             for (n, k) in sizes(dtype) {
                 let (wide, matrix) = matrix(dtype, n, k);
                 for isa in Isa::available() {
-                    for (m, widened_rows) in
+                    for (m, bf16_rows) in
                         [1, 2, 3, 5, 6, 7, 13].into_iter().flat_map(|m: usize| [(m, 0), (m, m.div_ceil(2))])
                     {
-                        let input = inputs(m, widened_rows, k, &pool, isa);
+                        let input = inputs(m, bf16_rows, k, &pool, isa);
                         let out = product(&matrix, &input, &pool, isa);
                         for i in 0..m {
                             // What the product sees of the input.
-                            let widened = i >= rows_in_blocks(&input, isa) && needs_blocks(dtype);
+                            let tiles = needs_tiles(dtype, isa);
+                            let in_bf16 = i >= input.first_bf16() && tiles.contains(&Cut::Bf16);
                             let x: Vec<f64> = match dtype {
-                                WeightType::F32 | WeightType::F16 => {
-                                    input.values()[i * k..][..k].iter().map(|&v| v as f64).collect()
-                                }
-                                dtype if dtype == WeightType::BF16 || widened => {
+                                dtype if dtype == WeightType::BF16 || in_bf16 => {
                                     let pairs = &input.pairs()[i * k.div_ceil(2)..][..k.div_ceil(2)];
                                     pairs.as_flattened()[..k].iter().map(|v| v.to_f64()).collect()
+                                }
+                                WeightType::F32 | WeightType::F16 => {
+                                    input.values()[i * k..][..k].iter().map(|&v| v as f64).collect()
                                 }
                                 _ => (0..k)
                                     .map(|c| {
@@ -752,16 +767,16 @@ mod tests {
                                     size += (x * w as f64).abs();
                                 }
                                 let found = out[i * n + j] as f64;
-                                let part = match needs_tiles(dtype, isa) {
-                                    // What is cut off an input, and the product that is left out.
-                                    Some(Cut::Halved) => 2f64.powi(-17) + 2f64.powi(-16),
+                                let part = match dtype {
                                     // What a weight is rounded by.
-                                    Some(Cut::Widened) if widened => 2f64.powi(-9) + 3e-6,
+                                    _ if in_bf16 => 2f64.powi(-8) + 3e-6,
+                                    // What is cut off an input, and the product that is left out.
+                                    _ if tiles.contains(&Cut::Halved) => 2f64.powi(-17) + 2f64.powi(-16),
                                     _ => 3e-6,
                                 };
                                 assert!(
                                     (found - want).abs() <= part * size + 1e-6,
-                                    "{dtype} {isa} m={m}, {widened_rows} widened, n={n} k={k} [{i},{j}]: {found} for {want}"
+                                    "{dtype} {isa} m={m}, {bf16_rows} in BF16, n={n} k={k} [{i},{j}]: {found} for {want}"
                                 );
                             }
                         }
@@ -780,25 +795,25 @@ mod tests {
             let odd = if dtype.is_dense() { 1281 } else { 1280 };
             for (n, k, m, some) in [(83, 256, 140, &[0, 1, 6, 77, 127, 128, 139][..]), (83, odd, 20, &[0, 5, 6, 19])] {
                 let (_, matrix) = matrix(dtype, n, k);
-                let together =
-                    |isa, widened_rows| product(&matrix, &inputs(m, widened_rows, k, &three, isa), &three, isa);
+                let together = |isa, bf16_rows| product(&matrix, &inputs(m, bf16_rows, k, &three, isa), &three, isa);
                 let everywhere = together(Isa::SCALAR, 0);
-                // None of the rows widened, all, and both: few and many of each.
-                for (isa, widened_rows) in
+                // None of the rows in BF16, all, and both: few and many of each.
+                for (isa, bf16_rows) in
                     Isa::available().into_iter().flat_map(|isa| [0, 2, m / 2, m - 1, m].map(|rows| (isa, rows)))
                 {
-                    let all = inputs(m, widened_rows, k, &three, isa);
-                    let found = together(isa, widened_rows);
+                    let all = inputs(m, bf16_rows, k, &three, isa);
+                    let found = together(isa, bf16_rows);
                     for &i in some {
                         let mut alone = Input::default();
-                        let widened = i >= m - widened_rows;
-                        alone.reset(1, usize::from(widened), k).copy_from_slice(&all.values()[i * k..][..k]);
+                        let in_bf16 = i >= m - bf16_rows;
+                        alone.reset(1, usize::from(in_bf16), k).copy_from_slice(&all.values()[i * k..][..k]);
                         alone.prepare(&one, isa, [dtype].into_iter());
                         let out = product(&matrix, &alone, &one, isa);
-                        let what = format!("{dtype} {isa} input {i} of {m}, {widened_rows} widened");
+                        let what = format!("{dtype} {isa} input {i} of {m}, {bf16_rows} in BF16");
                         assert_eq!(bits(&out), bits(&found[i * n..][..n]), "{what}");
                         // Tiles have an order of their own.
-                        if needs_tiles(dtype, isa).is_none_or(|cut| cut == Cut::Widened && !widened) {
+                        let tiles = needs_tiles(dtype, isa);
+                        if tiles.is_empty() || tiles == [Cut::Bf16] && !in_bf16 {
                             assert_eq!(
                                 bits(&out),
                                 bits(&everywhere[i * n..][..n]),
@@ -830,8 +845,8 @@ mod tests {
         for isa in Isa::available() {
             for dtype in WeightType::ALL {
                 let (_, matrix) = matrix(dtype, 3, 256);
-                for widened_rows in [0, 1] {
-                    let mut input = inputs(1, widened_rows, 256, &pool, isa);
+                for bf16_rows in [0, 1] {
+                    let mut input = inputs(1, bf16_rows, 256, &pool, isa);
                     input.values_mut()[..4].copy_from_slice(&[f32::MAX / 1e6, -1e30, 1e-40, 0.0]);
                     input.prepare(&pool, isa, [dtype].into_iter());
                     assert!(product(&matrix, &input, &pool, isa).iter().all(|v| v.is_finite()), "{dtype} {isa}");

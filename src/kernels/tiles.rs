@@ -7,18 +7,21 @@ use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::sync::OnceLock;
 
+use super::simd::avx512::has_bf16;
+
 pub(super) mod rounded;
 pub(super) mod unpack;
 #[cfg(all(test, target_os = "linux"))]
 mod emulator;
 
-/// Whether the CPU has tiles of BF16 and the system lets this process use them. Asks for them the first time.
+/// Whether the CPU has tiles of BF16, and AVX-512 with BF16 beside them as all that have tiles do, and the system lets this
+/// process use them. Asks for them the first time.
 pub fn is_available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| {
         const ALL: u32 = 1 << 22 | 1 << 24;
         let has = __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & ALL == ALL;
-        has && permitted()
+        has && has_bf16() && permitted()
     })
 }
 
@@ -102,13 +105,6 @@ mod tests {
         }
     }
 
-    fn input(pool: &Pool, isa: Isa, dtype: WeightType, m: usize, k: usize, mut random: impl FnMut() -> f32) -> Input {
-        let mut input = Input::default();
-        input.reset(m, m, k).iter_mut().for_each(|x| *x = 100.0 * random());
-        input.prepare(pool, isa, std::iter::once(dtype));
-        input
-    }
-
     fn product(pool: &Pool, isa: Isa, input: &Input, matrix: &Matrix) -> Vec<u32> {
         let mut out = vec![f32::NAN; input.rows() * matrix.rows()];
         multiply(pool, isa, input, &mut [Product { matrix, out: &mut out }]);
@@ -128,12 +124,21 @@ mod tests {
     #[test]
     fn tiles_give_the_bits_that_the_manual_says() {
         let Some(tiles) = Isa::with_tiles() else {
-            println!("skipped: neither AMX nor AVX-512 to emulate it beside");
+            println!("skipped: neither AMX nor AVX-512 with BF16 to emulate it beside");
             return;
         };
         let pool = Pool::new(2).unwrap();
         let mut random = random();
-        for dtype in WeightType::ALL.into_iter().filter(|dtype| *dtype != WeightType::F32) {
+        // Of each type, and whether rows ask for BF16.
+        let kinds = WeightType::ALL.into_iter().filter(|dtype| *dtype != WeightType::F32).flat_map(|dtype| {
+            let asks: &[bool] = match dtype {
+                WeightType::F16 => &[false, true],
+                _ => &[true],
+            };
+            asks.iter().map(move |&asks| (dtype, asks))
+        });
+        for (dtype, asks) in kinds {
+            let halved = dtype == WeightType::F16 && !asks;
             // Odd groups, odd rows, odd columns, fewer than a step has, parts, and more columns than stay in a cache.
             let sizes = match dtype.is_dense() {
                 true => [(1, 1), (19, 33), (40, 64), (83, 543), (16, 2080)],
@@ -152,8 +157,10 @@ mod tests {
                     if m * k > 100_000 && !super::is_available() {
                         continue; // too slow in emulation
                     }
-                    let mut input = input(&pool, tiles, dtype, m, k, &mut random);
-                    if dtype == WeightType::F16 {
+                    let mut input = Input::default();
+                    let rows = if asks { m } else { 0 };
+                    input.reset(m, rows, k).iter_mut().for_each(|x| *x = 100.0 * random());
+                    if halved {
                         // Tiles take subnormal numbers for zeros; there are none in what they are given.
                         input.values_mut().iter_mut().step_by(5).for_each(|x| *x *= 1e-31);
                         input.values_mut().iter_mut().step_by(11).for_each(|x| *x *= 1e-9);
@@ -166,11 +173,11 @@ mod tests {
                             row.copy_from_slice(&widened[j * k..][..k]);
                         }
                         for i in 0..m {
-                            let sum = expected(dtype, &input.values()[i * k..][..k], &row);
+                            let sum = expected(halved, &input.values()[i * k..][..k], &row);
                             assert_eq!(
                                 f32::from_bits(found[i * n + j]),
                                 sum,
-                                "{dtype} {n} x {k}, {m} inputs: [{i},{j}]"
+                                "{dtype} {n} x {k}, {m} inputs, {rows} in BF16: [{i},{j}]"
                             );
                         }
                     }
@@ -192,7 +199,7 @@ mod tests {
     #[test]
     fn weights_are_widened_to_within_a_unit_and_on_average_to_what_they_were() {
         let Some(tiles) = Isa::with_tiles() else {
-            println!("skipped: neither AMX nor AVX-512 to emulate it beside");
+            println!("skipped: neither AMX nor AVX-512 with BF16 to emulate it beside");
             return;
         };
         let pool = Pool::new(2).unwrap();
@@ -219,21 +226,16 @@ mod tests {
         }
     }
 
-    /// A product of BF16, or of each a sum of two BF16.
-    fn expected(dtype: WeightType, x: &[f32], w: &[f32]) -> f32 {
-        let parts_of_x = |value: f32| match dtype {
-            WeightType::F16 => halves(value),
-            _ => [bf16::from_f32(value).to_f32(), 0.0],
+    /// A product of numbers rounded to BF16, or of each as a sum of two.
+    fn expected(halved: bool, x: &[f32], w: &[f32]) -> f32 {
+        let parts = |value: f32| match halved {
+            true => halves(value),
+            false => [bf16::from_f32(value).to_f32(), 0.0],
         };
-        let parts_of_w = |value: f32| match dtype {
-            WeightType::F16 => halves(value),
-            _ => [value, 0.0],
-        };
-        let order = if dtype == WeightType::F16 { &[(0, 1), (0, 0), (1, 0)][..] } else { &[(0, 0)] };
+        let order = if halved { &[(0, 1), (0, 0), (1, 0)][..] } else { &[(0, 0)] };
         let mut sum = 0f32;
         for (x, w) in x.chunks(32).zip(w.chunks(32)) {
-            let (x, w): (Vec<_>, Vec<_>) =
-                (x.iter().map(|x| parts_of_x(*x)).collect(), w.iter().map(|w| parts_of_w(*w)).collect());
+            let [x, w] = [x, w].map(|values| values.iter().map(|value| parts(*value)).collect::<Vec<_>>());
             for &(of_x, of_w) in order {
                 let [x, w] =
                     [(&x, of_x), (&w, of_w)].map(|(parts, part)| parts.iter().map(|of| of[part]).collect::<Vec<_>>());

@@ -189,8 +189,8 @@ pub struct Subject<'a> {
     pub dense_type: Option<WeightType>,
     /// Type of keys and values on a CPU.
     pub kv_type: KvType,
-    /// As [`PipelineOptions`](super::PipelineOptions::widen_prompts) has it.
-    pub widen_prompts: bool,
+    /// As [`PipelineOptions`](super::PipelineOptions::bf16_prompts) has it.
+    pub bf16_prompts: bool,
     /// How metal-ext's kernels are used on Apple GPUs.
     pub metal: MetalExtOptions,
     /// Positions of a sequence. Decode steps are measured in the middle, where a sequence that fills its context is on
@@ -249,8 +249,8 @@ impl Subject<'_> {
     fn computes_with(&self, device: &OpenDevice) -> String {
         match (&device.cpu, device.spec) {
             (Some(cpu), _) => {
-                let widened = if self.widen_prompts { ", widened prompts" } else { "" };
-                format!(", {}, KV {}{widened}", cpu.isa, self.kv_type)
+                let prompts = if self.bf16_prompts { ", prompts in BF16" } else { "" };
+                format!(", {}, KV {}{prompts}", cpu.isa, self.kv_type)
             }
             (None, DeviceSpec::Metal(_)) => format!(", {:?}", self.metal),
             (None, _) => String::new(),
@@ -419,7 +419,7 @@ impl Subject<'_> {
             ropes: ropes.clone(),
             dense_type: self.dense_type,
             kv_type: self.kv_type,
-            widen_prompts: self.widen_prompts,
+            bf16_prompts: self.bf16_prompts,
             metal: self.metal,
         };
         let mut backend = stage.load(&|_| {})?;

@@ -28,7 +28,7 @@ use crate::model::rope::Ropes;
 use crate::weights::gguf::GgufFile;
 use crate::weights::hub::{self, ModelFiles};
 use crate::weights::safetensors::SafetensorsDir;
-use crate::weights::{WeightSource, WeightType};
+use crate::weights::{TensorMeta, WeightSource, WeightType};
 
 /// Positions that KV is planned for when nobody says otherwise and the model could take more.
 const DEFAULT_PLANNED_CONTEXT: usize = 4096;
@@ -83,11 +83,12 @@ pub struct PipelineOptions {
     pub metal: MetalExtOptions,
     /// Instructions that CPU stages use, one of [`Isa::available`]. `None` takes the best.
     pub isa: Option<Isa>,
-    /// Whether CPU stages with AMX widen quantised weights to BF16 for prompts: up to twice as fast from some 64 tokens on,
-    /// and nearer to F32, but with other bits than on other CPUs. For one sequence at a time: decode steps do without, so a
-    /// step with both goes through the weights twice, which makes prompts slower and running streams stutter. Generated
-    /// tokens' KV is not reused then, see [`prefix_cache`](crate::ExecutorOptions::prefix_cache).
-    pub widen_prompts: bool,
+    /// Whether CPU stages with AMX compute prompts in BF16, whatever their weights are stored in but F32: up to twice as fast
+    /// from some 64 tokens on. Quantised weights then give results nearer to F32, since inputs lose less than in 8 bits, and
+    /// F16 ones less near, as BF16 weights do; bits are others than on other CPUs. For one sequence at a time: decode steps
+    /// do without, so a step with both goes through the weights twice, which makes prompts slower and running streams
+    /// stutter. Generated tokens' KV is not reused then, see [`prefix_cache`](crate::ExecutorOptions::prefix_cache).
+    pub bf16_prompts: bool,
 }
 
 /// One stage of a plan.
@@ -227,14 +228,16 @@ impl HeterogeneousPipeline {
     }
 
     /// Whether a decode step leaves the keys and values, to the bit, that a prompt's rows would. It does not where these
-    /// meet widened weights.
+    /// are computed in BF16 and it is not.
     pub(crate) fn decodes_like_prompts(&self) -> Result<bool> {
         let mut cpus = self.devices.iter().filter_map(|device| device.cpu.as_ref());
-        if !self.options.widen_prompts || !cpus.any(|cpu| cpu.isa.has_tiles()) {
+        if !self.options.bf16_prompts || !cpus.any(|cpu| cpu.isa.has_tiles()) {
             return Ok(true);
         }
+        let becomes = |dtype: WeightType| if dtype.is_dense() { self.options.dtype.unwrap_or(dtype) } else { dtype };
         for name in self.source.names().iter().filter(|name| name.starts_with("layers.")) {
-            if self.source.meta(name)?.is_some_and(|meta| !meta.dtype.is_dense()) {
+            let Some(TensorMeta { dtype, shape }) = self.source.meta(name)? else { continue };
+            if shape.len() > 1 && !matches!(becomes(dtype), WeightType::F32 | WeightType::BF16) {
                 return Ok(false);
             }
         }
@@ -276,7 +279,7 @@ impl HeterogeneousPipeline {
             config: &self.config,
             dense_type: self.options.dtype,
             kv_type: self.options.kv_type,
-            widen_prompts: self.options.widen_prompts,
+            bf16_prompts: self.options.bf16_prompts,
             metal: self.options.metal,
             context: workload.context,
             sequences: workload.sequences,
@@ -416,7 +419,7 @@ impl HeterogeneousPipeline {
             ropes: self.ropes[stage].clone(),
             dense_type: self.options.dtype,
             kv_type: self.options.kv_type,
-            widen_prompts: self.options.widen_prompts,
+            bf16_prompts: self.options.bf16_prompts,
             metal: self.options.metal,
         }
     }

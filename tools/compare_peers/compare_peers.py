@@ -323,7 +323,7 @@ def wait_until_quiet(limit):
 
 
 def programs_of(args, paths, llama_folders, shape, dtype, gguf):
-    flags = (["--isa", args.isa] if args.isa else []) + (["--widen-prompts"] if args.widen_prompts else [])
+    flags = (["--isa", args.isa] if args.isa else []) + (["--bf16-prompts"] if args.bf16_prompts else [])
     programs = [CasesProgram(OURS, [paths["bench_batch"], "--model", gguf, "--devices", f"cpu@threads={args.threads}",
                                     "--output-format", "none", *flags])]
     programs += [LlamaProgram(name, folder, gguf, args.threads) for name, folder in llama_folders.items()]
@@ -410,7 +410,7 @@ def machine_and_versions(args, cpu, source, llama_folders):
         "generate": args.generate,
         "depth": args.depth,
         "isa": args.isa,
-        "widen_prompts": args.widen_prompts,
+        "bf16_prompts": args.bf16_prompts,
     }
 
 
@@ -449,7 +449,7 @@ def markdown(report):
         "",
         f"candle-pipeline {machine['commit'][:12] or 'of no commit'}{' with changes' if machine['changed'] else ''}, "
         f"{machine['rustc']}; llama.cpp of {machine['llama'] or 'none'}, {machine['c_compiler'] or ''}; "
-        f"{machine['date']}, {machine['rounds']} rounds{', --isa ' + machine['isa'] if machine['isa'] else ''}{', --widen-prompts' if machine['widen_prompts'] else ''}. Tokens a second; ratio: {OURS} over the program, by medians.",
+        f"{machine['date']}, {machine['rounds']} rounds{', --isa ' + machine['isa'] if machine['isa'] else ''}{', --bf16-prompts' if machine['bf16_prompts'] else ''}. Tokens a second; ratio: {OURS} over the program, by medians.",
     ]
     for result in report["models"]:
         heading = f"{result['shape']} {result['type']}"
@@ -505,8 +505,8 @@ def arguments():
     measure.add_argument("--rounds", type=positive, default=5, help="times that each program takes its turn")
     measure.add_argument("--threads", type=positive, default=2, help="threads of each program")
     measure.add_argument("--isa", help="instruction set of candle-pipeline: avx2, avx512 or amx (default: the best)")
-    measure.add_argument("--widen-prompts", action="store_true",
-                         help="candle-pipeline widens quantised weights for prompts, where there is AMX")
+    measure.add_argument("--bf16-prompts", action="store_true",
+                         help="candle-pipeline computes prompts in BF16, where there is AMX")
     measure.add_argument("--skip", type=names, default="", help="candle, candle-dense, llama, llama-avx512, llama-avx2")
     measure.add_argument("--generate", type=positive, default=48, help="tokens of `decode`")
     measure.add_argument("--depth", type=positive, default=2000, help="context of `deep`")

@@ -7,8 +7,9 @@
 //! parts, a 2^-16th of the whole at most, is left out. Splitting numbers for narrower units: Henry, Tang, Heinecke,
 //! "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", 2019.
 //!
-//! Quantised weights are [widened](super::unpack::widen) to BF16 for rows that ask for it, and these rounded. Tiles of bytes would keep all
-//! bits, but each 32 columns have a scale of their own: half of a tile would be empty, and what it gives would have to be
+//! Rows that ask for it are rounded to BF16 and meet weights in BF16 whatever these are stored in: F16 is
+//! [rounded](super::unpack::narrow), quantised weights are [widened](super::unpack::widen). Tiles of bytes would keep all bits of
+//! those, but each 32 columns have a scale of their own: half of a tile would be empty, and what it gives would have to be
 //! stored, scaled and added up by vectors, which takes longer than tiles do. It is also nearer to the weights as they are and
 //! inputs in F32 than inputs in 8 bits are.
 //!
@@ -53,8 +54,9 @@ pub enum Stored {
     Bf16,
     /// Each is the sum of two BF16.
     F16,
-    /// In fewer bits. The function is [`widen`](super::unpack::widen).
-    Quantised(unsafe fn(*const u8, usize, *mut Tile)),
+    /// In another type, of which the function makes BF16: [`widen`](super::unpack::widen) or [`narrow`](super::unpack::narrow)
+    /// of a group's columns from a step on, and how many of these there are.
+    Other(unsafe fn(*const u8, usize, usize, *mut Tile)),
 }
 
 /// Groups of a matrix with all inputs, which are cut as the weights want it.
@@ -78,8 +80,8 @@ type Pair = [Sums; 2];
 #[repr(C, align(64))]
 struct Sums([[f32; LANES]; TILE]);
 
-/// Steps of two groups that are not used where they lie: the last ones of BF16, with zeros behind the last column, and all of
-/// F16, in two parts, and all quantised ones, in the first half of the room.
+/// Steps of two groups that are not used where they lie: the last ones of BF16, with zeros behind the last column, all of
+/// F16 in two parts, and all that become BF16, in the first half of the room.
 type Unpacked = [[[Tile; 2]; PART]; 2];
 
 /// Multiplications a second that tiles of all threads of a pool reach together, with nothing loaded or stored: the
@@ -322,7 +324,7 @@ impl Rounded<'_> {
                     return;
                 }
                 let group = weights.add(g * self.group_bytes);
-                if let Stored::Quantised(_) = self.stored {
+                if let Stored::Other(_) = self.stored {
                     // The next groups' columns, which products with decode steps read first if there are any.
                     let next = group.wrapping_add(part.groups * self.group_bytes);
                     for at in (self.bytes_before(step)..self.bytes_before(step + 1)).step_by(VECTOR) {
@@ -418,11 +420,12 @@ impl Rounded<'_> {
     /// As [`part`](Self::part); the step is there.
     #[target_feature(enable = "avx512f,avx512bw")]
     unsafe fn unpack(&self, group: *const u8, step: usize, ahead: usize, to: *mut Tile) {
+        let columns = COLUMNS.min(self.k - step * COLUMNS);
         // SAFETY: this function's conditions.
         unsafe {
             match self.stored {
-                Stored::Quantised(widen) => widen(group, step, to),
-                _ => unpack(group.add(step * BYTES), COLUMNS.min(self.k - step * COLUMNS), ahead, to.cast()),
+                Stored::Other(to_bf16) => to_bf16(group, step, columns, to),
+                _ => unpack(group.add(step * BYTES), columns, ahead, to.cast()),
             }
         }
     }
@@ -430,7 +433,7 @@ impl Rounded<'_> {
     /// Bytes of a group before a step.
     fn bytes_before(&self, step: usize) -> usize {
         match self.stored {
-            Stored::Quantised(_) => self.group_bytes * step / (self.k / COLUMNS),
+            Stored::Other(_) => self.group_bytes * step / self.k.div_ceil(COLUMNS),
             _ => step * BYTES,
         }
     }

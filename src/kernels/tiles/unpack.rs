@@ -1,5 +1,5 @@
-//! Weights for tiles: F16 as sums of two BF16, and quantised ones widened to one; and what takes the tiles' place where a
-//! single input meets F16.
+//! Weights for tiles: F16 as sums of two BF16 or rounded to one, and quantised ones widened to one; and what takes the
+//! tiles' place where a single input meets F16.
 
 use std::arch::x86_64::*;
 
@@ -68,7 +68,7 @@ const RAISED: f32 = 1.0 + std::f32::consts::LN_2 / 256.0;
 /// # Safety
 /// The CPU has AVX-512; the columns are there.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-pub unsafe fn widen<F: Format>(group: *const u8, step: usize, to: *mut Tile) {
+pub unsafe fn widen<F: Format>(group: *const u8, step: usize, _columns: usize, to: *mut Tile) {
     const EIGHT_BITS: i32 = 0xff << 15;
     let exponent = 256f32.to_bits() as i32;
     // Signed ones get a number that is 128 more.
@@ -105,6 +105,30 @@ pub unsafe fn widen<F: Format>(group: *const u8, step: usize, to: *mut Tile) {
                 let both = _mm512_mask_blend_epi16(0xaaaa_aaaa, below, columns[2 * pair + 1]);
                 _mm512_store_si512((&raw mut (*to).0[2 * j + pair]).cast(), both);
             }
+        }
+    }
+}
+
+/// Up to 32 columns of F16 from `32 * step` on to a tile of BF16, each to the nearest, with zeros behind the last column.
+///
+/// # Safety
+/// The CPU has AVX-512 with the instruction for BF16; the columns are there.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+pub unsafe fn narrow(group: *const u8, step: usize, columns: usize, to: *mut Tile) {
+    // Sixteen rows of one column and then of the next: a row's two side by side.
+    let order: [u16; 2 * LANES] = std::array::from_fn(|i| (i % 2 * LANES + i / 2) as u16);
+    // SAFETY: this function's conditions.
+    unsafe {
+        let order = _mm512_loadu_si512(order.as_ptr().cast());
+        let weights = group.add(step * COLUMNS * 2 * LANES);
+        for pair in 0..COLUMNS / 2 {
+            let column = |column: usize| match column < columns {
+                true => _mm512_cvtph_ps(_mm256_loadu_si256(weights.add(column * 2 * LANES).cast())),
+                false => _mm512_setzero_ps(),
+            };
+            let both = _mm512_cvtne2ps_pbh(column(2 * pair + 1), column(2 * pair));
+            let both = _mm512_permutexvar_epi16(order, std::mem::transmute::<__m512bh, __m512i>(both));
+            _mm512_store_si512((&raw mut (*to).0[pair]).cast(), both);
         }
     }
 }
