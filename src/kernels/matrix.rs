@@ -767,12 +767,12 @@ mod tests {
                                     size += (x * w as f64).abs();
                                 }
                                 let found = out[i * n + j] as f64;
-                                let part = match dtype {
-                                    // What a weight is rounded by.
-                                    _ if in_bf16 => 2f64.powi(-8) + 3e-6,
-                                    // What is cut off an input, and the product that is left out.
-                                    _ if tiles.contains(&Cut::Halved) => 2f64.powi(-17) + 2f64.powi(-16),
-                                    _ => 3e-6,
+                                let part = if in_bf16 {
+                                    2f64.powi(-8) + 3e-6 // what a weight is rounded by
+                                } else if tiles.contains(&Cut::Halved) {
+                                    2f64.powi(-17) + 2f64.powi(-16) // what is cut off an input, and what is left out
+                                } else {
+                                    3e-6
                                 };
                                 assert!(
                                     (found - want).abs() <= part * size + 1e-6,
