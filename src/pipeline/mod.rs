@@ -83,7 +83,7 @@ pub struct PipelineOptions {
     pub metal: MetalExtOptions,
     /// Instructions that CPU stages use, one of [`Isa::available`]. `None` takes the best.
     pub isa: Option<Isa>,
-    /// Whether CPU stages with AMX compute prompts in BF16, whatever their weights are stored in but F32: up to twice as fast
+    /// Whether CPU stages with AMX compute prompts in BF16, whatever their weights are stored in but F32: about twice as fast
     /// from some 64 tokens on. Quantised weights then give results nearer to F32, since inputs lose less than in 8 bits, and
     /// F16 ones less near, as BF16 weights do; bits are others than on other CPUs. For one sequence at a time: decode steps
     /// do without, so a step with both goes through the weights twice, which makes prompts slower and running streams

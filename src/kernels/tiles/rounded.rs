@@ -7,16 +7,19 @@
 //! parts, a 2^-16th of the whole at most, is left out. Splitting numbers for narrower units: Henry, Tang, Heinecke,
 //! "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", 2019.
 //!
-//! Rows that ask for it are rounded to BF16 and meet weights in BF16 whatever these are stored in: F16 is
-//! [rounded](super::unpack::narrow), quantised weights are [widened](super::unpack::widen). Tiles of bytes would keep all bits of
-//! those, but each 32 columns have a scale of their own: half of a tile would be empty, and what it gives would have to be
-//! stored, scaled and added up by vectors, which takes longer than tiles do. It is also nearer to the weights as they are and
-//! inputs in F32 than inputs in 8 bits are.
+//! Rows that ask for it are rounded to BF16 and meet weights in BF16 whatever these are stored in: F16 is [rounded][narrow],
+//! quantised weights are [widened][widen]. Tiles of bytes would keep all bits of those, but each 32 columns have a scale of
+//! their own: half of a tile would be empty, and what it gives would have to be stored, scaled and added up by vectors, which
+//! takes longer than tiles do. It is also nearer to quantised weights as they are and inputs in F32 than inputs in 8 bits are.
 //!
 //! The instruction adds 32 products in an order of its own, so results have other bits than without tiles. One input is
 //! therefore multiplied in the same way as many: here too a row computed in a batch has the bits of the row computed alone.
-//! With one input of F16, when only memory counts, unpacking for tiles takes longer than reading: [`Alone`](super::unpack::Alone) does with
-//! vectors what the tiles do, operation by operation.
+//! With one input of F16, when only memory counts, unpacking for tiles takes longer than reading: [`Alone`] does with vectors
+//! what the tiles do, operation by operation.
+//!
+//! [narrow]: super::unpack::narrow
+//! [widen]: super::unpack::widen
+//! [`Alone`]: super::unpack::Alone
 
 use std::arch::asm;
 use std::arch::x86_64::*;
