@@ -2,8 +2,23 @@
 
 use memmap2::MmapMut;
 
+use super::simd::LANES;
+
 /// Alignment of every buffer: a cache line, and the widest vector.
 pub const ALIGNMENT: usize = 64;
+
+/// A vector of f32 that is one cache line: an access that crosses into the next takes twice the time, and into the next page
+/// many times that.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub struct Line(pub [f32; LANES]);
+
+impl Line {
+    /// Zeros.
+    pub const ZERO: Line = Line([0.0; LANES]);
+}
+
+const _: () = assert!(align_of::<Line>() == ALIGNMENT);
 
 /// Buffers from this size on are mappings of their own, in huge pages where the system gives them.
 const MAPPED_FROM: usize = 1 << 21;

@@ -15,7 +15,7 @@ use std::ops::Range;
 use half::{bf16, f16};
 
 use self::dense::{Dense, Rounded};
-use super::buffer::Buffer;
+use super::buffer::{Buffer, Line};
 use super::formats::{Format, Offset, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, SUB, Scales, VECTOR};
 use super::input::{Cut, Input, InputBlock};
 use super::pool::Pool;
@@ -452,7 +452,7 @@ impl<F: Format> Kernel for Quantised<'_, F> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let mut sums = [[[0f32; LANES]; 1]; INPUT_TILE];
+        let mut sums = [[Line::ZERO; 1]; INPUT_TILE];
         for group in 0..self.count {
             // SAFETY: the group is there.
             unsafe { self.run_groups::<S, 1>(group, &mut sums) }
@@ -473,12 +473,12 @@ impl<F: Format> Kernel for Paired<'_, F> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let pairs = if S::REGISTERS >= 32 { self.0.count / 2 } else { 0 };
-        let mut sums = [[[0f32; LANES]; 2]; INPUT_TILE];
+        let mut sums = [[Line::ZERO; 2]; INPUT_TILE];
         for pair in 0..pairs {
             // SAFETY: the groups are there.
             unsafe { self.0.run_groups::<S, 2>(2 * pair, &mut sums) }
         }
-        let mut sums = [[[0f32; LANES]; 1]; INPUT_TILE];
+        let mut sums = [[Line::ZERO; 1]; INPUT_TILE];
         for group in 2 * pairs..self.0.count {
             // SAFETY: as above.
             unsafe { self.0.run_groups::<S, 1>(group, &mut sums) }
@@ -489,12 +489,12 @@ impl<F: Format> Kernel for Paired<'_, F> {
 impl<F: Format> Quantised<'_, F> {
     /// `G` groups side by side, from `group` on. `sums` is room for those of the inputs.
     #[inline(always)]
-    unsafe fn run_groups<S: Simd, const G: usize>(&self, group: usize, sums: &mut [[[f32; LANES]; G]; INPUT_TILE]) {
+    unsafe fn run_groups<S: Simd, const G: usize>(&self, group: usize, sums: &mut [[Line; G]; INPUT_TILE]) {
         let group_bytes = self.k / F::COLUMNS * F::PACKED;
         // SAFETY: the groups lie within the weights; block `b` of input `i` lies at `b * m + i`.
         unsafe {
             let weights = self.weights.add(group * group_bytes);
-            sums[..self.tile].fill([[0.0; LANES]; G]);
+            sums[..self.tile].fill([Line::ZERO; G]);
             for super_block in 0..self.k / F::COLUMNS {
                 let mut blocks = [weights.add(super_block * F::PACKED); G];
                 for g in 1..G {
@@ -509,7 +509,7 @@ impl<F: Format> Quantised<'_, F> {
             for (i, sums) in sums[..self.tile].iter().enumerate() {
                 let out = self.out.add((self.start + i) * self.n);
                 for g in 0..G {
-                    put::<S>(S::load(sums[g].as_ptr()), out, (self.first + group + g) * LANES, self.n);
+                    put::<S>(S::load(sums[g].0.as_ptr()), out, (self.first + group + g) * LANES, self.n);
                 }
             }
         }
@@ -522,7 +522,7 @@ unsafe fn multiply_sub<S: Simd, F: Format, const G: usize>(
     blocks: [*const u8; G],
     sub: usize,
     inputs: *const InputBlock,
-    sums: &mut [[[f32; LANES]; G]],
+    sums: &mut [[Line; G]],
 ) {
     // SAFETY: `inputs` has as many blocks as `sums`; the blocks are whole.
     unsafe {
@@ -593,7 +593,7 @@ unsafe fn multiply_inputs<S: Simd, F: Format, const G: usize, const I: usize>(
     w: &[[S::B; 8]; G],
     scales: &[Scales<S>; G],
     inputs: *const InputBlock,
-    sums: *mut [[f32; LANES]; G],
+    sums: *mut [Line; G],
 ) {
     // SAFETY: this function's conditions.
     unsafe {
@@ -618,7 +618,7 @@ unsafe fn multiply_inputs<S: Simd, F: Format, const G: usize, const I: usize>(
         }
         for i in 0..I {
             for g in 0..G {
-                let sum = (*sums.add(i))[g].as_mut_ptr();
+                let sum = (*sums.add(i))[g].0.as_mut_ptr();
                 S::store(sum, add_sub::<S, F>(S::load(sum), dots[i][g], &*inputs.add(i), &scales[g]));
             }
         }

@@ -42,10 +42,12 @@ RATIOS = {
 }
 
 
-def run(binary: Path, model: str, devices: str, case: str, flags: list[str], split: str | None) -> dict:
-    if split and devices == TWO:
-        flags = [*flags, "--split", split]
-    command = [str(binary), "--model", model, "--devices", devices, "--cases", case, "--json", *flags]
+def run(arguments: argparse.Namespace, devices: str, case: str, flags: list[str]) -> dict:
+    if arguments.split and devices == TWO:
+        flags = [*flags, "--split", arguments.split]
+    if arguments.dtype:
+        flags = [*flags, "--dtype", arguments.dtype]
+    command = [str(arguments.binary), "--model", arguments.model, "--devices", devices, "--cases", case, "--json", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if done.returncode != 0:
         sys.exit(f"{' '.join(command)} failed with {done.returncode}:\n{done.stderr}")
@@ -57,6 +59,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a model that the examples can load")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--split", help="layers of the two stages, such as 12,10 for TinyLlama: the head is worth 1.5")
+    parser.add_argument("--dtype", help="type that F32, F16 and BF16 weights are held in, such as bf16 for a model in F16")
     parser.add_argument("--binary", type=Path, default=ROOT / "target/release/examples/bench_batch")
     parser.add_argument("--json", type=Path, help="also write everything that was measured here")
     arguments = parser.parse_args()
@@ -69,9 +72,10 @@ def main() -> None:
     for round_number in range(arguments.rounds):
         for name, (devices, case, flags) in CONFIGURATIONS.items():
             print(f"round {round_number + 1}: {name}", file=sys.stderr)
-            measured[name].append(run(arguments.binary, arguments.model, devices, case, flags, arguments.split))
+            measured[name].append(run(arguments, devices, case, flags))
 
-    print(f"{Path(arguments.model).name}, {arguments.rounds} rounds, tokens/s over all sequences\n")
+    dtype = f", --dtype {arguments.dtype}" if arguments.dtype else ""
+    print(f"{Path(arguments.model).name}{dtype}, {arguments.rounds} rounds, tokens/s over all sequences\n")
     print("| configuration | min | median | max | busy |\n|---|---|---|---|---|")
     medians = {}
     for name, runs in measured.items():

@@ -322,10 +322,15 @@ def wait_until_quiet(limit):
             told = True
 
 
+def our_options(args):
+    options = ["--isa", args.isa] if args.isa else []
+    options += ["--dtype", args.dtype] if args.dtype else []
+    return options + (["--bf16-prompts"] if args.bf16_prompts else [])
+
+
 def programs_of(args, paths, llama_folders, shape, dtype, gguf):
-    flags = (["--isa", args.isa] if args.isa else []) + (["--bf16-prompts"] if args.bf16_prompts else [])
     programs = [CasesProgram(OURS, [paths["bench_batch"], "--model", gguf, "--devices", f"cpu@threads={args.threads}",
-                                    "--output-format", "none", *flags])]
+                                    "--output-format", "none", *our_options(args)])]
     programs += [LlamaProgram(name, folder, gguf, args.threads) for name, folder in llama_folders.items()]
     env = {"RAYON_NUM_THREADS": str(args.threads), "CANDLE_NUM_THREADS": str(args.threads)}
     if "candle" not in args.skip:
@@ -409,8 +414,7 @@ def machine_and_versions(args, cpu, source, llama_folders):
         "llama": package,
         "generate": args.generate,
         "depth": args.depth,
-        "isa": args.isa,
-        "bf16_prompts": args.bf16_prompts,
+        "options": " ".join(our_options(args)),
     }
 
 
@@ -449,7 +453,8 @@ def markdown(report):
         "",
         f"candle-pipeline {machine['commit'][:12] or 'of no commit'}{' with changes' if machine['changed'] else ''}, "
         f"{machine['rustc']}; llama.cpp of {machine['llama'] or 'none'}, {machine['c_compiler'] or ''}; "
-        f"{machine['date']}, {machine['rounds']} rounds{', --isa ' + machine['isa'] if machine['isa'] else ''}{', --bf16-prompts' if machine['bf16_prompts'] else ''}. Tokens a second; ratio: {OURS} over the program, by medians.",
+        f"{machine['date']}, {machine['rounds']} rounds{', ' + machine['options'] if machine['options'] else ''}. "
+        f"Tokens a second; ratio: {OURS} over the program, by medians.",
     ]
     for result in report["models"]:
         heading = f"{result['shape']} {result['type']}"
@@ -505,6 +510,7 @@ def arguments():
     measure.add_argument("--rounds", type=positive, default=5, help="times that each program takes its turn")
     measure.add_argument("--threads", type=positive, default=2, help="threads of each program")
     measure.add_argument("--isa", help="instruction set of candle-pipeline: avx2, avx512 or amx (default: the best)")
+    measure.add_argument("--dtype", help="type that candle-pipeline holds F32, F16 and BF16 weights in (default: theirs)")
     measure.add_argument("--bf16-prompts", action="store_true",
                          help="candle-pipeline computes prompts in BF16, where there is AMX")
     measure.add_argument("--skip", type=names, default="", help="candle, candle-dense, llama, llama-avx512, llama-avx2")

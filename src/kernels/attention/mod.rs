@@ -21,6 +21,7 @@ use half::f16;
 
 use stored::{Ahead, Quantised, Stored, fitting, prefetch, sums_so_far};
 
+use super::buffer::Line;
 use super::kv::{GROUP, KvType, LayerKv, Layout, SLAB, STRIP, Strided};
 use super::ops::{capped, exp, store_part};
 use super::pool::Pool;
@@ -234,11 +235,6 @@ impl Plan {
     }
 }
 
-/// A cache line.
-#[repr(C, align(64))]
-#[derive(Clone, Copy)]
-struct Line([f32; LANES]);
-
 thread_local! {
     /// What a task works with.
     static SCRATCH: RefCell<Vec<Line>> = const { RefCell::new(Vec::new()) };
@@ -249,7 +245,7 @@ thread_local! {
 /// Room for `len` values, kept from call to call.
 fn reserve(lines: &mut Vec<Line>, len: usize) -> *mut f32 {
     if lines.len() * LANES < len {
-        lines.resize(len.div_ceil(LANES), Line([0.0; LANES]));
+        lines.resize(len.div_ceil(LANES), Line::ZERO);
     }
     lines.as_mut_ptr().cast()
 }

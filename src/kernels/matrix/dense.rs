@@ -4,6 +4,7 @@ use std::mem::MaybeUninit;
 
 use half::{bf16, f16};
 
+use super::super::buffer::Line;
 use super::super::formats::VECTOR;
 use super::super::simd::{Kernel, LANES, Simd};
 use super::put;
@@ -140,7 +141,7 @@ impl Value for [bf16; 2] {
 }
 
 /// The sums of an input with groups that are multiplied side by side.
-type Sums = [[f32; LANES]; WIDE];
+type Sums = [Line; WIDE];
 
 /// Where a tile of a dense product is in the columns of its groups.
 struct Part {
