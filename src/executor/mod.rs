@@ -668,6 +668,7 @@ fn limits(pipeline: &HeterogeneousPipeline, options: &ExecutorOptions) -> Result
         context_length: pipeline.context_length(),
         prefill_chunk: options.prefill_chunk,
         token_budget: options.token_budget,
+        rows_at_a_time: pipeline.rows_at_a_time()?,
         micro_batches,
         in_flight: options.in_flight.map_or(micro_batches, |in_flight| in_flight.min(micro_batches)),
         max_sequences: options.max_sequences,

@@ -20,6 +20,7 @@ use self::transfer::LinkOptions;
 use crate::backend::StageSource;
 use crate::device::{DeviceSpec, OpenDevice, available_threads, free_memory};
 use crate::error::{Error, Result};
+use crate::kernels::input::TILE;
 use crate::kernels::kv::KvType;
 use crate::kernels::simd::Isa;
 use crate::model::config::DecoderConfig;
@@ -230,18 +231,36 @@ impl HeterogeneousPipeline {
     /// Whether a decode step leaves the keys and values, to the bit, that a prompt's rows would. It does not where these
     /// are computed in BF16 and it is not.
     pub(crate) fn decodes_like_prompts(&self) -> Result<bool> {
+        let types = if self.options.bf16_prompts { self.types_beside_tiles()? } else { Vec::new() };
+        Ok(types.iter().all(|dtype| matches!(dtype, WeightType::F32 | WeightType::BF16)))
+    }
+
+    /// Rows of a step that take as long together as one more would: those of a tile where steps are computed in tiles.
+    pub(crate) fn rows_at_a_time(&self) -> Result<usize> {
+        let in_tiles = |dtype: &WeightType| match dtype {
+            WeightType::BF16 => true,
+            // With the option a prompt's rows are in other tiles than decode steps.
+            WeightType::F16 => !self.options.bf16_prompts,
+            _ => false,
+        };
+        Ok(if self.types_beside_tiles()?.iter().any(in_tiles) { TILE } else { 1 })
+    }
+
+    /// Types that layers' matrices are held in; none where no device has tiles.
+    fn types_beside_tiles(&self) -> Result<Vec<WeightType>> {
         let mut cpus = self.devices.iter().filter_map(|device| device.cpu.as_ref());
-        if !self.options.bf16_prompts || !cpus.any(|cpu| cpu.isa.has_tiles()) {
-            return Ok(true);
+        if !cpus.any(|cpu| cpu.isa.has_tiles()) {
+            return Ok(Vec::new());
         }
         let becomes = |dtype: WeightType| if dtype.is_dense() { self.options.dtype.unwrap_or(dtype) } else { dtype };
+        let mut types = Vec::new();
         for name in self.source.names().iter().filter(|name| name.starts_with("layers.")) {
             let Some(TensorMeta { dtype, shape }) = self.source.meta(name)? else { continue };
-            if shape.len() > 1 && !matches!(becomes(dtype), WeightType::F32 | WeightType::BF16) {
-                return Ok(false);
+            if shape.len() > 1 && !types.contains(&becomes(dtype)) {
+                types.push(becomes(dtype));
             }
         }
-        Ok(true)
+        Ok(types)
     }
 
     /// What a plan is made from, with costs of nothing.

@@ -49,6 +49,9 @@ pub fn decode_rows(decoding: usize, micro_batches: usize, ready: usize, free: us
 /// should stay below 2.5 times their undisturbed inter-token latency.
 const MOST_SLOWDOWN: f64 = 2.0;
 
+/// Where rows come by many there is no choice between some and none: so much of them may be too much.
+const SLACK: f64 = 0.2;
+
 /// After this many micro-batches with prefill one goes without, so that the time of a pure decode step stays known.
 const MEASURE_EVERY: usize = 16;
 
@@ -60,18 +63,20 @@ const NEWEST: f64 = 0.3;
 pub struct TokenBudget {
     prefill_chunk: usize,
     given: Option<usize>,
+    rows_at_a_time: usize,
     /// Seconds that the slowest stage takes for a micro-batch of decode steps.
     decode: Option<f64>,
-    /// Seconds that a row of prefill adds to it.
-    prefill_row: Option<f64>,
+    /// Seconds that `rows_at_a_time` rows of prefill add to it.
+    more: Option<f64>,
     /// Micro-batches with prefill since the last one without.
     mixed: usize,
 }
 
 impl TokenBudget {
-    /// `prefill_chunk` rows while nothing decodes; otherwise `given` rows in all, or as many as measurement allows.
-    pub fn new(prefill_chunk: usize, given: Option<usize>) -> Self {
-        TokenBudget { prefill_chunk, given, decode: None, prefill_row: None, mixed: 0 }
+    /// `prefill_chunk` rows while nothing decodes; otherwise `given` rows in all, or as many as measurement allows. One row
+    /// more than a multiple of `rows_at_a_time` takes as long as so many more.
+    pub fn new(prefill_chunk: usize, given: Option<usize>, rows_at_a_time: usize) -> Self {
+        TokenBudget { prefill_chunk, given, rows_at_a_time, decode: None, more: None, mixed: 0 }
     }
 
     /// Rows of prefill for a micro-batch with `decode_rows` decode steps, while `decoding` sequences decode.
@@ -87,9 +92,13 @@ impl TokenBudget {
         if self.mixed >= MEASURE_EVERY && decode_rows > 0 {
             return 0;
         }
-        let row = self.prefill_row.unwrap_or(decode);
-        let rows = decode * (MOST_SLOWDOWN - 1.0) / row.max(f64::MIN_POSITIVE);
-        (rows as usize).clamp(1, self.prefill_chunk)
+        let more = self.more.unwrap_or(decode).max(f64::MIN_POSITIVE);
+        let slack = if self.rows_at_a_time > 1 { SLACK } else { 0.0 };
+        let times = (decode * (MOST_SLOWDOWN - 1.0) / more + slack).min(self.prefill_chunk as f64) as usize;
+        // What decode steps leave free of their own costs nothing, and a prompt always gets on.
+        let begun = decode_rows.next_multiple_of(self.rows_at_a_time);
+        let rows = begun + times * self.rows_at_a_time - decode_rows;
+        (if rows == 0 { self.rows_at_a_time } else { rows }).min(self.prefill_chunk)
     }
 
     /// Learns from a micro-batch that has come out; `slowest` is the longest that a stage computed it.
@@ -104,8 +113,12 @@ impl TokenBudget {
                 self.mixed = 0;
             }
             rows => {
-                let added = seconds - self.decode.unwrap_or(0.0);
-                learn(&mut self.prefill_row, added.max(0.0) / rows as f64);
+                let times = |rows: usize| rows.div_ceil(self.rows_at_a_time);
+                let begun = times(decode_rows + rows) - times(decode_rows);
+                if begun > 0 {
+                    let added = seconds - self.decode.unwrap_or(0.0);
+                    learn(&mut self.more, added.max(0.0) / begun as f64);
+                }
                 self.mixed += usize::from(decode_rows > 0);
             }
         }
@@ -184,7 +197,7 @@ mod tests {
     #[test]
     fn prefill_beside_decode_takes_as_long_as_streams_can_bear() {
         for row in [MS / 50, MS / 5, MS, 4 * MS] {
-            let mut budget = TokenBudget::new(256, None);
+            let mut budget = TokenBudget::new(256, None, 1);
             assert_eq!(budget.prefill_rows(0, 0), 256);
             budget.landed(0, 256, 256 * row);
             assert_eq!(budget.prefill_rows(4, 4), 0, "the first decode step is measured alone");
@@ -199,7 +212,7 @@ mod tests {
 
     #[test]
     fn the_budget_follows_a_change_of_speed() {
-        let mut budget = TokenBudget::new(256, None);
+        let mut budget = TokenBudget::new(256, None, 1);
         settle(&mut budget, MS / 10);
         let many = budget.prefill_rows(4, 0);
         assert!(settle(&mut budget, MS) <= 21 * MS);
@@ -210,10 +223,31 @@ mod tests {
 
     #[test]
     fn a_slow_row_still_gets_through_and_a_given_budget_is_kept() {
-        let mut budget = TokenBudget::new(256, None);
+        let mut budget = TokenBudget::new(256, None, 1);
         settle(&mut budget, 100 * MS);
         assert_eq!(budget.prefill_rows(4, 0), 1);
-        let given = TokenBudget::new(256, Some(64));
+        let given = TokenBudget::new(256, Some(64), 1);
         assert_eq!((given.prefill_rows(0, 0), given.prefill_rows(16, 16), given.prefill_rows(80, 80)), (256, 48, 1));
+    }
+
+    #[test]
+    fn rows_that_come_by_sixteen_fill_sixteen_and_never_begin_what_takes_too_long() {
+        // 10 ms for the first sixteen, decode steps among them, and so much for sixteen more.
+        for (more, decode_rows, expected) in
+            [(4, 4, 44), (4, 16, 32), (9, 4, 28), (12, 4, 28), (15, 4, 12), (30, 16, 16)]
+        {
+            let mut budget = TokenBudget::new(256, None, 16);
+            let mut all = Vec::new();
+            for _ in 0..200 {
+                let rows = budget.prefill_rows(decode_rows, decode_rows);
+                let sixteens = (decode_rows + rows).div_ceil(16) as u32;
+                budget.landed(decode_rows, rows, 10 * MS + more * MS * (sixteens - 1));
+                all.push(rows);
+            }
+            let settled = all.into_iter().skip(20).filter(|&rows| rows > 0);
+            let settled: std::collections::BTreeSet<usize> = settled.collect();
+            assert_eq!(settled, [expected].into(), "{more} ms for sixteen more than {decode_rows}");
+        }
+        assert_eq!(TokenBudget::new(100, None, 16).prefill_rows(0, 0), 100);
     }
 }

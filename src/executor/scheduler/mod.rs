@@ -11,7 +11,7 @@
 //!   every stage accounts for.
 //! - **Chunked prefill** (Sarathi-Serve, OSDI 2024): prompts are computed in chunks that share micro-batches with decode
 //!   steps. While nothing decodes a chunk is large. Otherwise a token budget bounds it: as many rows as double the time
-//!   of a pure decode step, which is measured as it goes. Decode steps go first; prompts take turns by chunks, so a short
+//!   of a pure decode step, which is measured as it goes. Where rows are computed by tiles of sixteen they fill them. Decode steps go first; prompts take turns by chunks, so a short
 //!   one is not stuck behind a long one.
 //! - **Prefix reuse**: a prompt that begins like a live or recent sequence starts with a copy of its KV, made in all
 //!   stages. Only what every stage has computed is copied, and the last prompt token is always computed, for its logits.
@@ -64,6 +64,8 @@ pub struct Limits {
     pub prefill_chunk: usize,
     /// Rows of a micro-batch with decode steps; `None` measures.
     pub token_budget: Option<usize>,
+    /// Rows that take as long together as one more of them would.
+    pub rows_at_a_time: usize,
     /// Micro-batches that decode steps are spread over.
     pub micro_batches: usize,
     /// How many of them are in flight at once.
@@ -162,7 +164,7 @@ impl Scheduler {
         failed: Arc<std::sync::OnceLock<Error>>,
     ) -> Self {
         Scheduler {
-            budget: TokenBudget::new(limits.prefill_chunk, limits.token_budget),
+            budget: TokenBudget::new(limits.prefill_chunk, limits.token_budget, limits.rows_at_a_time),
             prefixes: PrefixCache::new(limits.prefix_cache),
             limits,
             inbox,
@@ -703,6 +705,7 @@ mod tests {
             context_length: 100,
             prefill_chunk: 100,
             token_budget: None,
+            rows_at_a_time: 1,
             micro_batches: 1,
             in_flight: 1,
             max_sequences: 1,
