@@ -7,8 +7,7 @@ use super::simd::LANES;
 /// Alignment of every buffer: a cache line, and the widest vector.
 pub const ALIGNMENT: usize = 64;
 
-/// A vector of f32 that is one cache line: an access that crosses into the next takes twice the time, and into the next page
-/// many times that.
+/// A vector of f32 that is one cache line: what begins elsewhere crosses into the next line, or page, with every access.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub struct Line(pub [f32; LANES]);

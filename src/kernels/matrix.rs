@@ -17,7 +17,7 @@ use half::{bf16, f16};
 use self::dense::{Dense, Rounded};
 use super::buffer::{Buffer, Line};
 use super::formats::{Format, Offset, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, SUB, Scales, VECTOR};
-use super::input::{Cut, Input, InputBlock};
+use super::input::{Cut, Input, InputBlock, TILE};
 use super::pool::Pool;
 use super::simd::{Isa, Kernel, LANES, Simd};
 #[cfg(target_arch = "x86_64")]
@@ -195,6 +195,11 @@ fn needs_tiles(dtype: WeightType, isa: Isa) -> &'static [Cut] {
         WeightType::F16 => &[Cut::Halved, Cut::Bf16],
         _ => &[Cut::Bf16],
     }
+}
+
+/// Rows that products with matrices of this type take as long for together as for one more, unless these ask for BF16.
+pub(crate) fn rows_at_a_time(dtype: WeightType, isa: Isa) -> usize {
+    if needs_tiles(dtype, isa).iter().any(|cut| *cut != Cut::Bf16) { TILE } else { 1 }
 }
 
 /// Whether they read [`Input::halves`] instead of tiles: a single row is faster without those.

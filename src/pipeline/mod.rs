@@ -20,8 +20,8 @@ use self::transfer::LinkOptions;
 use crate::backend::StageSource;
 use crate::device::{DeviceSpec, OpenDevice, available_threads, free_memory};
 use crate::error::{Error, Result};
-use crate::kernels::input::TILE;
 use crate::kernels::kv::KvType;
+use crate::kernels::matrix;
 use crate::kernels::simd::Isa;
 use crate::model::config::DecoderConfig;
 use crate::model::decoder::{WeightBytes, activation_dtype, kv_dtype};
@@ -231,27 +231,28 @@ impl HeterogeneousPipeline {
     /// Whether a decode step leaves the keys and values, to the bit, that a prompt's rows would. It does not where these
     /// are computed in BF16 and it is not.
     pub(crate) fn decodes_like_prompts(&self) -> Result<bool> {
-        let types = if self.options.bf16_prompts { self.types_beside_tiles()? } else { Vec::new() };
-        Ok(types.iter().all(|dtype| matches!(dtype, WeightType::F32 | WeightType::BF16)))
+        if !self.options.bf16_prompts || !self.isas().any(Isa::has_tiles) {
+            return Ok(true);
+        }
+        Ok(self.matrix_types()?.iter().all(|dtype| matches!(dtype, WeightType::F32 | WeightType::BF16)))
     }
 
     /// Rows of a step that take as long together as one more would: those of a tile where steps are computed in tiles.
     pub(crate) fn rows_at_a_time(&self) -> Result<usize> {
-        let in_tiles = |dtype: &WeightType| match dtype {
-            WeightType::BF16 => true,
-            // With the option a prompt's rows are in other tiles than decode steps.
-            WeightType::F16 => !self.options.bf16_prompts,
-            _ => false,
-        };
-        Ok(if self.types_beside_tiles()?.iter().any(in_tiles) { TILE } else { 1 })
+        let mut types = self.matrix_types()?;
+        // With the option a prompt's rows in F16 are in other tiles than decode steps.
+        types.retain(|dtype| *dtype != WeightType::F16 || !self.options.bf16_prompts);
+        let rows = self.isas().flat_map(|isa| types.iter().map(move |dtype| matrix::rows_at_a_time(*dtype, isa)));
+        Ok(rows.max().unwrap_or(1))
     }
 
-    /// Types that layers' matrices are held in; none where no device has tiles.
-    fn types_beside_tiles(&self) -> Result<Vec<WeightType>> {
-        let mut cpus = self.devices.iter().filter_map(|device| device.cpu.as_ref());
-        if !cpus.any(|cpu| cpu.isa.has_tiles()) {
-            return Ok(Vec::new());
-        }
+    /// Instructions that CPU stages use.
+    fn isas(&self) -> impl Iterator<Item = Isa> {
+        self.devices.iter().filter_map(|device| Some(device.cpu.as_ref()?.isa))
+    }
+
+    /// Types that layers' matrices are held in.
+    fn matrix_types(&self) -> Result<Vec<WeightType>> {
         let becomes = |dtype: WeightType| if dtype.is_dense() { self.options.dtype.unwrap_or(dtype) } else { dtype };
         let mut types = Vec::new();
         for name in self.source.names().iter().filter(|name| name.starts_with("layers.")) {

@@ -49,7 +49,7 @@ pub fn decode_rows(decoding: usize, micro_batches: usize, ready: usize, free: us
 /// should stay below 2.5 times their undisturbed inter-token latency.
 const MOST_SLOWDOWN: f64 = 2.0;
 
-/// Where rows come by many there is no choice between some and none: so much of them may be too much.
+/// Where only whole tiles of rows can be added: the part of one by which a micro-batch may exceed that.
 const SLACK: f64 = 0.2;
 
 /// After this many micro-batches with prefill one goes without, so that the time of a pure decode step stays known.

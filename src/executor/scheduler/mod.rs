@@ -11,8 +11,8 @@
 //!   every stage accounts for.
 //! - **Chunked prefill** (Sarathi-Serve, OSDI 2024): prompts are computed in chunks that share micro-batches with decode
 //!   steps. While nothing decodes a chunk is large. Otherwise a token budget bounds it: as many rows as double the time
-//!   of a pure decode step, which is measured as it goes. Where rows are computed by tiles of sixteen they fill them. Decode steps go first; prompts take turns by chunks, so a short
-//!   one is not stuck behind a long one.
+//!   of a pure decode step, which is measured as it goes; where rows are computed by tiles of sixteen, they fill those.
+//!   Decode steps go first; prompts take turns by chunks, so a short one is not stuck behind a long one.
 //! - **Prefix reuse**: a prompt that begins like a live or recent sequence starts with a copy of its KV, made in all
 //!   stages. Only what every stage has computed is copied, and the last prompt token is always computed, for its logits.
 //!   Where decode steps have other bits than prompts, only KV of prompts is.
