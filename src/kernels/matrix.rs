@@ -460,7 +460,7 @@ impl<F: Format> Kernel for Quantised<'_, F> {
         let mut sums = [[Line::ZERO; 1]; INPUT_TILE];
         for group in 0..self.count {
             // SAFETY: the group is there.
-            unsafe { self.run_groups::<S, 1>(group, &mut sums) }
+            unsafe { self.run_groups::<S, 1, false>(group, &mut sums) }
         }
     }
 }
@@ -481,20 +481,24 @@ impl<F: Format> Kernel for Paired<'_, F> {
         let mut sums = [[Line::ZERO; 2]; INPUT_TILE];
         for pair in 0..pairs {
             // SAFETY: the groups are there.
-            unsafe { self.0.run_groups::<S, 2>(2 * pair, &mut sums) }
+            unsafe { self.0.run_groups::<S, 2, true>(2 * pair, &mut sums) }
         }
         let mut sums = [[Line::ZERO; 1]; INPUT_TILE];
         for group in 2 * pairs..self.0.count {
             // SAFETY: as above.
-            unsafe { self.0.run_groups::<S, 1>(group, &mut sums) }
+            unsafe { self.0.run_groups::<S, 1, true>(group, &mut sums) }
         }
     }
 }
 
 impl<F: Format> Quantised<'_, F> {
-    /// `G` groups side by side, from `group` on. `sums` is room for those of the inputs.
+    /// `G` groups side by side, from `group` on, with one or `SEVERAL` inputs. `sums` is room for those of the inputs.
     #[inline(always)]
-    unsafe fn run_groups<S: Simd, const G: usize>(&self, group: usize, sums: &mut [[Line; G]; INPUT_TILE]) {
+    unsafe fn run_groups<S: Simd, const G: usize, const SEVERAL: bool>(
+        &self,
+        group: usize,
+        sums: &mut [[Line; G]; INPUT_TILE],
+    ) {
         let group_bytes = self.k / F::COLUMNS * F::PACKED;
         // SAFETY: the groups lie within the weights; block `b` of input `i` lies at `b * m + i`.
         unsafe {
@@ -508,7 +512,7 @@ impl<F: Format> Quantised<'_, F> {
                 for sub in 0..F::COLUMNS / SUB {
                     let column_block = super_block * (F::COLUMNS / SUB) + sub;
                     let inputs = self.input.as_ptr().add(column_block * self.m + self.start);
-                    multiply_sub::<S, F, G>(blocks, sub, inputs, &mut sums[..self.tile]);
+                    multiply_sub::<S, F, G, SEVERAL>(blocks, sub, inputs, &mut sums[..self.tile]);
                 }
             }
             for (i, sums) in sums[..self.tile].iter().enumerate() {
@@ -523,7 +527,7 @@ impl<F: Format> Quantised<'_, F> {
 
 /// 32 columns of `G` groups with all inputs of the tile.
 #[inline(always)]
-unsafe fn multiply_sub<S: Simd, F: Format, const G: usize>(
+unsafe fn multiply_sub<S: Simd, F: Format, const G: usize, const SEVERAL: bool>(
     blocks: [*const u8; G],
     sub: usize,
     inputs: *const InputBlock,
@@ -539,11 +543,13 @@ unsafe fn multiply_sub<S: Simd, F: Format, const G: usize>(
             scales[g] = F::scales::<S>(blocks[g], sub);
             w[g] = F::weights::<S>(blocks[g], sub);
         }
-        // Several inputs in step, where registers hold their sums: each product waits for the one before it of its input.
+        // Several inputs in step, where registers hold their sums, since each product waits for the one before it of its
+        // input, or where they share work.
         let most = const {
             match (G > 1, F::HALVES) {
                 (true, false) => 4,
                 (true, true) => 2,
+                _ if SEVERAL && fits_u5::<S, F>() => 4,
                 _ => 1,
             }
         };
@@ -609,15 +615,35 @@ unsafe fn multiply_inputs<S: Simd, F: Format, const G: usize, const I: usize>(
             let second = if F::HALVES { S::splat_i(start::<F>(x, 1, S::I8_OFFSET)) } else { first };
             dots[i] = [[first, second]; G];
         }
-        for j in 0..8 {
-            let half = if F::HALVES { j / 4 } else { 0 };
-            for i in 0..I {
-                let values = (*inputs.add(i)).values.as_ptr().add(4 * j);
+        if I > 1 && const { fits_u5::<S, F>() } {
+            for four in 0..2 {
+                let half = if F::HALVES { four } else { 0 };
+                let mut x = [(*inputs).values.as_ptr(); I];
+                for i in 0..I {
+                    x[i] = (*inputs.add(i)).values.as_ptr().add(16 * four);
+                }
                 for g in 0..G {
-                    dots[i][g][half] = match F::OFFSET {
-                        Offset::Fixed(_) => S::dot_u7(dots[i][g][half], w[g][j], values),
-                        Offset::Signed => S::dot_i8(dots[i][g][half], w[g][j], values),
-                    };
+                    let mut sums = [dots[0][g][half]; I];
+                    for i in 1..I {
+                        sums[i] = dots[i][g][half];
+                    }
+                    sums = S::dots_u5(sums, &w[g].as_chunks::<4>().0[four], x);
+                    for i in 0..I {
+                        dots[i][g][half] = sums[i];
+                    }
+                }
+            }
+        } else {
+            for j in 0..8 {
+                let half = if F::HALVES { j / 4 } else { 0 };
+                for i in 0..I {
+                    let values = (*inputs.add(i)).values.as_ptr().add(4 * j);
+                    for g in 0..G {
+                        dots[i][g][half] = match F::OFFSET {
+                            Offset::Fixed(_) => S::dot_u7(dots[i][g][half], w[g][j], values),
+                            Offset::Signed => S::dot_i8(dots[i][g][half], w[g][j], values),
+                        };
+                    }
                 }
             }
         }
@@ -628,6 +654,11 @@ unsafe fn multiply_inputs<S: Simd, F: Format, const G: usize, const I: usize>(
             }
         }
     }
+}
+
+/// Whether a format's values are small enough for [`Simd::dots_u5`], and that is of use.
+const fn fits_u5<S: Simd, F: Format>() -> bool {
+    S::HAS_DOTS_U5 && F::LOW + F::HIGH <= 5
 }
 
 /// What the dot products of 32 columns with an input, or of one half of them, begin with, so that they end lowered by the

@@ -42,7 +42,14 @@ pub unsafe fn sum_8(a: __m256) -> f32 {
 #[inline(always)]
 unsafe fn dot(acc: __m256i, unsigned: __m256i, signed: __m256i) -> __m256i {
     // SAFETY: called with AVX2 only.
-    unsafe { _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(unsigned, signed), _mm256_set1_epi16(1))) }
+    unsafe { add_pairs(acc, _mm256_maddubs_epi16(unsigned, signed)) }
+}
+
+/// Adds to each lane its two sums of 16 bits.
+#[inline(always)]
+unsafe fn add_pairs(acc: __m256i, pairs: __m256i) -> __m256i {
+    // SAFETY: called with AVX2 only.
+    unsafe { _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))) }
 }
 
 // SAFETY of all blocks: the trait's conditions.
@@ -54,6 +61,7 @@ impl Simd for Avx2 {
 
     const REGISTERS: usize = 8;
     const I8_OFFSET: i32 = 0;
+    const HAS_DOTS_U5: bool = true;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self::F {
@@ -275,6 +283,27 @@ impl Simd for Avx2 {
             let low = dot(acc[0], _mm256_abs_epi8(w[0]), _mm256_sign_epi8(x, w[0]));
             let high = dot(acc[1], _mm256_abs_epi8(w[1]), _mm256_sign_epi8(x, w[1]));
             [low, high]
+        }
+    }
+    #[inline(always)]
+    unsafe fn dots_u5<const I: usize>(mut dots: [Self::I; I], w: &[Self::B; 4], x: [*const i8; I]) -> [Self::I; I] {
+        unsafe {
+            // Eight products of a byte below 32 with one of at most 127 fit 16 bits together: they are widened once.
+            let mut pairs = [[_mm256_setzero_si256(); 2]; I];
+            for j in 0..4 {
+                for i in 0..I {
+                    let x = _mm256_set1_epi32(x[i].cast::<i32>().add(j).read_unaligned());
+                    for half in 0..2 {
+                        pairs[i][half] = _mm256_add_epi16(pairs[i][half], _mm256_maddubs_epi16(w[j][half], x));
+                    }
+                }
+            }
+            for i in 0..I {
+                for half in 0..2 {
+                    dots[i][half] = add_pairs(dots[i][half], pairs[i][half]);
+                }
+            }
+            dots
         }
     }
     #[inline(always)]

@@ -246,6 +246,9 @@ pub trait Simd: Copy + 'static {
     /// `dot_i8` adds this times the sum of x's four bytes to each lane; whoever uses it takes that off.
     const I8_OFFSET: i32;
 
+    /// Whether [`dots_u5`](Simd::dots_u5) is less work than [`dot_u7`](Simd::dot_u7) for each.
+    const HAS_DOTS_U5: bool = false;
+
     unsafe fn splat(value: f32) -> Self::F;
     unsafe fn load(from: *const f32) -> Self::F;
     unsafe fn store(to: *mut f32, value: Self::F);
@@ -306,6 +309,18 @@ pub trait Simd: Copy + 'static {
     /// Adds to each lane the dot product of its four signed bytes with the four at `x`, plus `I8_OFFSET` times their sum.
     /// None of the four may be -128.
     unsafe fn dot_i8(acc: Self::I, w: Self::B, x: *const i8) -> Self::I;
+    /// Adds to each input's lanes the dot products of their bytes in four vectors, which must be below 32, with the input's
+    /// sixteen at `x`.
+    #[inline(always)]
+    unsafe fn dots_u5<const I: usize>(mut dots: [Self::I; I], w: &[Self::B; 4], x: [*const i8; I]) -> [Self::I; I] {
+        for j in 0..4 {
+            for i in 0..I {
+                // SAFETY: the trait's conditions.
+                dots[i] = unsafe { Self::dot_u7(dots[i], w[j], x[i].add(4 * j)) };
+            }
+        }
+        dots
+    }
     /// The two bf16 of each lane: all first ones, and all second ones.
     unsafe fn widen_bf16(pairs: Self::B) -> [Self::F; 2];
     /// Adds to each lane the products of its two bf16 with the two at `x`, the second first, each sum rounded once. Where
@@ -537,6 +552,18 @@ mod tests {
                         let added = S::I8_OFFSET * x.values().iter().map(|&x| x as i32).sum::<i32>();
                         let acc = S::add_i(acc, S::splat_i(-added));
                         found.push(("dot_i8", i, integers::<S>(S::dot_i8(acc, a, x.from()))));
+                    }
+                    let low = S::splat_bytes(0x1f);
+                    let w = [S::and(a, low), S::and(b, low), low, S::and(S::shr::<2>(a), low)];
+                    for k in 0..self.0.fours.len() {
+                        let x: [[_; 4]; 2] = std::array::from_fn(|step| {
+                            std::array::from_fn(|j| self.0.fours[(k + step * j) % self.0.fours.len()])
+                        });
+                        let x = x.map(Shifted::new);
+                        let dots = S::dots_u5([acc, S::splat_i(0)], &w, [x[0].from().cast(), x[1].from().cast()]);
+                        for dot in dots {
+                            found.push(("dots_u5", i, integers::<S>(dot)));
+                        }
                     }
                 }
             }
