@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the dashboard in a real terminal (tmux), presses keys, and looks at what is on the screen. Prints the screens.
 #
-#   bash tools/dashboard_check.sh [target/release/examples/dashboard]
+#   bash tools/dashboard_check.sh [target/release/dashboard]
 #
 # Builds the example when no program is given. Without tmux it says so and checks nothing.
 set -euo pipefail
@@ -13,8 +13,8 @@ if ! command -v tmux >/dev/null; then
 fi
 program=${1:-}
 if [ -z "$program" ]; then
-  cargo build --release --quiet --features dashboard --example dashboard
-  program=${CARGO_TARGET_DIR:-target}/release/examples/dashboard
+  cargo build --release --quiet -p dashboard
+  program=${CARGO_TARGET_DIR:-target}/release/dashboard
 fi
 program=$(realpath "$program")
 work=$(mktemp -d)

@@ -18,7 +18,7 @@ use candle_pipeline::{
 
 /// A folder below tests/fixtures.
 pub fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+    Path::new(DEMO_MODEL).join("../../tests/fixtures").join(name)
 }
 
 /// Loads `model` on `devices`, cut as given.

@@ -243,6 +243,7 @@ def build_ours(args):
     """Builds the examples that this tool runs; returns their paths by name."""
     say("building candle-pipeline's benches")
     command = ["cargo", "build", "--release", "--message-format=json-render-diagnostics", "-j", args.jobs]
+    command += ["-p", "candle-pipeline", "-p", "conformance"]
     for example in EXAMPLES:
         command += ["--example", example]
     paths = {}

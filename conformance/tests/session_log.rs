@@ -1,5 +1,6 @@
 //! The session log: every line of real runs is what the schema says, and a killed process leaves whole lines.
 
+#[path = "../../tests/common/mod.rs"]
 mod common;
 
 use std::collections::{BTreeMap, HashSet};
@@ -19,7 +20,7 @@ use serde_json::Value;
 const LEVELS: [SessionLogLevel; 3] = [SessionLogLevel::Minimal, SessionLogLevel::Detailed, SessionLogLevel::Verbose];
 
 fn docs(name: &str) -> String {
-    std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs").join(name)).unwrap()
+    std::fs::read_to_string(Path::new(DEMO_MODEL).join("../../docs").join(name)).unwrap()
 }
 
 fn schema() -> Value {

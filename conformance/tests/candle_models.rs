@@ -2,6 +2,7 @@
 //! candle's model is not the fixture's, a table says so and why, and the test holds the table to that: candle then has
 //! to differ from what Hugging Face transformers computes, and to equal ours once our config says what candle does.
 
+#[path = "../../tests/common/mod.rs"]
 mod common;
 
 use std::fs::File;

@@ -1,13 +1,13 @@
 //! A terminal that shows a model at work: the text as it comes, where the time goes, what is held, how busy the stages are.
 //!
 //! ```text
-//! cargo run --release --features dashboard --example dashboard
-//! cargo run --release --features dashboard --example dashboard -- --devices cpu@threads=1,cpu@threads=1 --prompt "One day"
+//! cargo run --release -p dashboard
+//! cargo run --release -p dashboard -- --devices cpu@threads=1,cpu@threads=1 --prompt "One day"
 //! ```
 //!
 //! Keys are shown at the bottom. `METRICS_LOG_ENABLED=1` writes the same rows to files.
 
-#[path = "../common/mod.rs"]
+#[path = "../../examples/common/mod.rs"]
 mod common;
 
 mod app;

@@ -2,7 +2,7 @@
 //! quantised Llama or Qwen2, a folder of safetensors with the dense ones. Sequences side by side are one tensor.
 //!
 //! ```text
-//! RAYON_NUM_THREADS=2 cargo run --release --example candle_peer -- --model /tmp/tinyllama.gguf --cases 128:0,1:48
+//! RAYON_NUM_THREADS=2 cargo run --release -p conformance --example candle_peer -- --model FILE --cases 128:0,1:48
 //! ```
 
 #[path = "../../examples/common/cases.rs"]
