@@ -39,8 +39,11 @@ const FEW_TURNS: usize = 6;
 /// Bytes of dense groups that inputs take turns with then: with the next ones they fit into a core's first cache.
 const PART: usize = 16 << 10;
 
-/// Steps of columns between two requests for lines of the next part.
+/// Steps of columns between two requests for lines ahead.
 const STRETCH: usize = 8;
+
+/// How far ahead of the columns in hand weights are asked for where all inputs are multiplied in one turn, in bytes.
+const AHEAD: usize = 8192;
 
 impl Kernel for Dense {
     type Output = ();
@@ -149,8 +152,9 @@ struct Part {
     steps: std::ops::Range<usize>,
     /// Room for its inputs' sums, written by a part and read by the next.
     sums: *mut Sums,
-    /// Lines that it asks for in each stretch, of the next part's.
+    /// Lines that it asks for in each stretch, of those which lie `distance` steps ahead.
     ahead: std::ops::Range<usize>,
+    distance: usize,
 }
 
 impl Dense {
@@ -178,7 +182,8 @@ impl Dense {
 
     /// `G` groups with all inputs, a few of them at a time. With more than that the groups are gone through in parts, and
     /// while the inputs take turns with a part the next one is fetched: memory would stand idle in all turns but the first.
-    /// With many inputs it may, and putting sums away costs more than waiting.
+    /// With many inputs it may, and putting sums away costs more than waiting. Where few inputs are multiplied with one group
+    /// the same is asked for without parts: the hardware's own prefetcher does not keep up there.
     #[inline(always)]
     unsafe fn run_groups<S: Simd, V: Value, const G: usize>(&self, group: usize, sums: *mut Sums) {
         // Two columns' weights and an input's take twice the registers.
@@ -187,7 +192,9 @@ impl Dense {
         let turns = self.m.div_ceil(most);
         let in_parts = (2..=FEW_TURNS).contains(&turns);
         let part = if in_parts { PART / G / (LANES * size_of::<V>()) } else { steps };
-        let lines = G * STRETCH * LANES * size_of::<V>() / VECTOR;
+        let distance = if in_parts { part } else { AHEAD / (LANES * size_of::<V>()) };
+        let ahead = in_parts || G == 1 && turns == 1 && self.m > 1;
+        let lines = if ahead { G * STRETCH * LANES * size_of::<V>() / VECTOR } else { 0 };
         for first in (0..steps).step_by(part) {
             for turn in 0..turns {
                 let start = turn * most;
@@ -196,7 +203,8 @@ impl Dense {
                     steps: first..steps.min(first + part),
                     sums: sums.wrapping_add(start),
                     // In proportion to its inputs, that is to its time.
-                    ahead: if in_parts { start * lines / self.m..(start + count) * lines / self.m } else { 0..0 },
+                    ahead: start * lines / self.m..(start + count) * lines / self.m,
+                    distance,
                 };
                 // SAFETY: the groups and inputs are there.
                 unsafe {
@@ -236,9 +244,9 @@ impl Dense {
             let mut from = part.steps.start;
             while from < part.steps.end {
                 let to = part.steps.end.min(from + stretch);
-                // Behind the last part the next groups begin.
-                let (last, next) = (part.steps.end == steps, from + part.steps.len());
-                let next = if last { G * steps + from - part.steps.start } else { next };
+                // Behind the last step the next groups begin.
+                let next = from + part.distance;
+                let next = if next < steps { next } else { next + (G - 1) * steps };
                 for line in part.ahead.clone() {
                     let column = weights.wrapping_add((line / lines * steps + next) * LANES);
                     S::prefetch(column.cast::<u8>().wrapping_add(line % lines * VECTOR));
