@@ -137,7 +137,11 @@ unsafe fn multiply_sub<S: Simd, F: Format, const G: usize, const SEVERAL: bool>(
         }
         let sums = sums.as_mut_ptr();
         while i < count {
-            let step = if count - i >= most { most } else { 1 };
+            let step = match count - i {
+                left if left >= most => most,
+                2.. if const { fits_u5::<S, F>() } => 2,
+                _ => 1,
+            };
             // Spread over the inputs: what is asked for beyond what a core can have under way makes everything behind it wait.
             due += lines * step;
             while count > 1 && due >= count {
