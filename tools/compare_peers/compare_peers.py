@@ -244,7 +244,7 @@ def build_ours(args):
     say("building candle-pipeline's benches")
     command = ["cargo", "build", "--release", "--message-format=json-render-diagnostics", "-j", args.jobs]
     examples = list(EXAMPLES)
-    if "candle" not in args.skip: # without it there is no candle-dense either
+    if "candle" not in args.skip:  # without it there is no candle-dense either
         examples.append("candle_peer")
         command += ["-p", "candle-pipeline", "-p", "conformance"]
     for example in examples:
