@@ -22,7 +22,7 @@ mod gpu {
     use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageOutput, StageSource, Wanted};
     use candle_pipeline::instrument::Watch;
     use candle_pipeline::model::config::DecoderConfig;
-    use candle_pipeline::weights::{StoredTensor, TensorMeta, WeightSource, WeightType};
+    use candle_pipeline::weights::{StoredTensor, TensorBytes, TensorMeta, WeightSource, WeightType};
     use candle_pipeline::{DEMO_MODEL, DeviceSpec, HeterogeneousPipeline, Result};
     use criterion::{Criterion, Throughput};
     use metal_ext::MetalExtOptions;
@@ -97,14 +97,13 @@ mod gpu {
         fn tensor(&self, name: &str) -> Result<StoredTensor<'_>> {
             let meta = self.found(name).expect("a tensor of a layer");
             let all = if meta.shape.len() == 1 { &self.ones } else { &self.bytes };
-            Ok(StoredTensor { bytes: &all[..meta.bytes() as usize], meta })
+            let bytes = TensorBytes::Memory(all[..meta.bytes() as usize].into());
+            Ok(StoredTensor { meta, bytes })
         }
 
         fn names(&self) -> Vec<String> {
             Vec::new()
         }
-
-        fn release(&self, _: &str) {}
 
         fn stored_name(&self, name: &str) -> String {
             name.to_string()

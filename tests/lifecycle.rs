@@ -369,3 +369,24 @@ async fn a_panic_of_the_scheduler_reaches_every_caller_by_name() {
     }
     assert!(matches!(executor.failure(), Some(Error::SchedulerPanicked { .. })));
 }
+
+#[tokio::test]
+async fn a_file_truncated_while_it_loads_is_a_named_error() {
+    for file in ["model.safetensors", "demo-q8_0.gguf"] {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["config.json", file] {
+            std::fs::copy(format!("{DEMO_MODEL}/{name}"), dir.path().join(name)).unwrap();
+        }
+        let path = dir.path().join(file);
+        let model = if file.ends_with(".gguf") { path.clone() } else { dir.path().to_path_buf() };
+        let model = model.to_str().unwrap().to_owned();
+        let pipeline = HeterogeneousPipeline::new(&DeviceSpec::parse_list("cpu,cpu").unwrap(), &model).unwrap();
+        let weights = std::fs::File::options().write(true).open(&path).unwrap();
+        // Called as soon as the first tensor has been read.
+        let progress = Arc::new(move |_, _| weights.set_len(1 << 20).unwrap());
+        let options = ExecutorOptions { progress: Some(progress), ..ExecutorOptions::default() };
+        let error = HeterogeneousPipelineExecutor::with_options(pipeline, &model, options).await.unwrap_err();
+        let message = error.to_string();
+        assert!(message.contains(file) && message.contains("now has 1048576"), "{message}");
+    }
+}

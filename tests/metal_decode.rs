@@ -14,7 +14,7 @@ use candle_pipeline::backend::{SequenceId, StageSource};
 use candle_pipeline::model::config::DecoderConfig;
 use candle_pipeline::model::rope::Ropes;
 use candle_pipeline::model::stage_weights::{Build, StageWeights};
-use candle_pipeline::weights::{MappedTensor, WeightSource, WeightType};
+use candle_pipeline::weights::{MappedTensor, TensorBytes, WeightSource, WeightType};
 use candle_pipeline::{DeviceSpec, Result};
 use common::stages::{Widened, best, largest_difference, most_likely, source_of, step, write_demo};
 use metal_ext::decode::{self, Candidates, KvCache, Row, Scratch};
@@ -40,11 +40,13 @@ impl Build for CpuBuffers {
     type Matrix = decode::Matrix<CpuBuffer>;
     type Vector = Vec<f32>;
 
-    fn matrix(&self, dtype: WeightType, bytes: &[u8], n: usize, k: usize) -> Result<Option<Self::Matrix>> {
+    const READS_IN_PLACE: bool = true;
+
+    fn matrix(&self, dtype: WeightType, bytes: &TensorBytes<'_>, n: usize, k: usize) -> Result<Option<Self::Matrix>> {
         let Some(format) = dtype.packed_format() else { return Ok(None) };
         let layout = MatrixLayout::new(format, n, k).unwrap();
         let mut packed = vec![0; layout.bytes];
-        layout.pack(bytes, &mut packed).unwrap();
+        layout.pack(&bytes.read()?, &mut packed).unwrap();
         Ok(Some(decode::Matrix { layout, buffer: CpuBuffer::from_bytes(&packed), offset: 0 }))
     }
 
@@ -343,9 +345,12 @@ fn mapped_bytes_are_those_of_the_tensor_and_outlive_their_source() {
             .weights
             .names()
             .iter()
-            .map(|name| (source.weights.tensor(name).unwrap().bytes.to_vec(), source.weights.mapped(name).unwrap()))
+            .map(|name| {
+                let bytes = source.weights.tensor(name).unwrap().bytes.read().unwrap().into_owned();
+                (bytes, source.weights.mapped(name).unwrap().unwrap())
+            })
             .collect();
-        assert!(source.weights.mapped("layers.99.q_proj.weight").is_none());
+        assert!(source.weights.mapped("layers.99.q_proj.weight").unwrap().is_none());
         drop(source);
         assert!(mapped.len() > 8 * 9, "{file}: {} tensors", mapped.len());
         assert!(mapped.iter().all(|(bytes, MappedTensor { file, range })| file[range.clone()] == bytes[..]), "{file}");

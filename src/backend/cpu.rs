@@ -21,10 +21,10 @@ use crate::kernels::matrix::{Matrix, Product, multiply};
 use crate::kernels::ops;
 use crate::kernels::rows::{RowsMut, each_row};
 use crate::model::config::{Activation, DecoderConfig, LayerRope, QkNorm};
-use crate::model::linear::check_token;
+use crate::model::linear::{check_token, pack};
 use crate::model::rope::{RopeCache, Ropes};
 use crate::model::stage_weights::{Build, HeadWeights, LayerWeights, Linear, StageWeights};
-use crate::weights::WeightType;
+use crate::weights::{TensorBytes, WeightType};
 
 /// A run of decoder layers on a CPU, and the keys and values of the sequences that are open in it.
 pub struct CpuBackend {
@@ -97,8 +97,8 @@ impl Build for Cpu {
     type Matrix = Matrix;
     type Vector = Vec<f32>;
 
-    fn matrix(&self, dtype: WeightType, bytes: &[u8], n: usize, k: usize) -> Result<Option<Matrix>> {
-        Ok(Matrix::pack(&self.pool, dtype, bytes, n, k))
+    fn matrix(&self, dtype: WeightType, bytes: &TensorBytes<'_>, n: usize, k: usize) -> Result<Option<Matrix>> {
+        pack(&self.pool, dtype, bytes, n, k)
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<Vec<f32>> {

@@ -11,7 +11,9 @@
 mod dense;
 mod quantised;
 
+use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use half::{bf16, f16};
 
@@ -103,25 +105,66 @@ impl Matrix {
     /// Packs the bytes of an `n` by `k` matrix. `None` when they are not exactly that long, or when a row is not a whole
     /// number of blocks.
     pub fn pack(pool: &Pool, dtype: WeightType, bytes: &[u8], n: usize, k: usize) -> Option<Matrix> {
+        if Some(bytes.len()) != n.checked_mul(dtype.bytes_for(k)?) {
+            return None;
+        }
+        let read = |at: usize, into: &mut [u8]| {
+            into.copy_from_slice(&bytes[at..][..into.len()]);
+            Ok::<(), std::convert::Infallible>(())
+        };
+        Self::pack_from(pool, dtype, n, k, read)?.ok()
+    }
+
+    /// Packs a matrix whose rows are read as they are needed: `read(at, into)` fills `into` with the stored bytes from `at`
+    /// on, sixteen rows at a time, on the pool's threads. Fails with the first error of `read`; `None` when there is no
+    /// such matrix.
+    pub fn pack_from<E: Send>(
+        pool: &Pool,
+        dtype: WeightType,
+        n: usize,
+        k: usize,
+        read: impl Fn(usize, &mut [u8]) -> Result<(), E> + Sync,
+    ) -> Option<Result<Matrix, E>> {
+        thread_local! {
+            /// The stored bytes of the rows being packed. Kept, since asking the system for memory anew for each
+            /// sixteen rows takes as long as packing them.
+            static ROWS: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+        }
         let row_bytes = dtype.bytes_for(k)?;
-        if n == 0 || k == 0 || Some(bytes.len()) != n.checked_mul(row_bytes) {
+        let total = n.checked_mul(row_bytes)?;
+        if n == 0 || k == 0 {
             return None;
         }
         let groups = n.div_ceil(LANES);
         // BF16 goes by two columns.
         let padded = if dtype == WeightType::BF16 { row_bytes.next_multiple_of(4) } else { row_bytes };
-        let group_bytes = padded * LANES;
+        let group_bytes = padded.checked_mul(LANES)?;
         let mut data = Buffer::zeroed(groups.checked_mul(group_bytes)?);
         let out = Pointer(data.as_mut_slice().as_mut_ptr());
+        let failed = OnceLock::new();
         pool.for_each(groups, |group| {
+            if failed.get().is_some() {
+                return;
+            }
             let out = &out;
             // SAFETY: the buffer has `groups` parts of `group_bytes`, and each task has its own.
             let packed = unsafe { std::slice::from_raw_parts_mut(out.0.add(group * group_bytes), group_bytes) };
-            let rows: [Option<&[u8]>; LANES] =
-                std::array::from_fn(|lane| bytes.get((group * LANES + lane) * row_bytes..)?.get(..row_bytes));
-            with_format!(dtype, F => pack_group::<F>(rows, packed), dense => pack_dense(dtype, rows, packed));
+            ROWS.with_borrow_mut(|stored| {
+                let start = group * LANES * row_bytes;
+                stored.resize((LANES * row_bytes).min(total - start), 0);
+                if let Err(error) = read(start, stored) {
+                    let _ = failed.set(Mutex::new(error)); // another thread's error is as good
+                    return;
+                }
+                let rows: [Option<&[u8]>; LANES] =
+                    std::array::from_fn(|lane| stored.get(lane * row_bytes..)?.get(..row_bytes));
+                with_format!(dtype, F => pack_group::<F>(rows, packed), dense => pack_dense(dtype, rows, packed));
+            });
         });
-        Some(Matrix { n, k, dtype, data })
+        match failed.into_inner() {
+            Some(error) => Some(Err(error.into_inner().unwrap_or_else(PoisonError::into_inner))),
+            None => Some(Ok(Matrix { n, k, dtype, data })),
+        }
     }
 
     /// Number of rows.

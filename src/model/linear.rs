@@ -12,9 +12,24 @@ use crate::device::{Cpu, OpenDevice};
 use crate::error::{Error, Result};
 use crate::kernels::input::Input;
 use crate::kernels::matrix::{self, Product};
+use crate::kernels::pool::Pool;
 #[cfg(all(feature = "metal", target_os = "macos"))]
 use crate::weights::MappedTensor;
-use crate::weights::WeightType;
+use crate::weights::{TensorBytes, WeightType};
+
+/// Packs the `n` by `k` matrix of these bytes for a CPU; `None` when they are not one.
+pub fn pack(
+    pool: &Pool,
+    dtype: WeightType,
+    bytes: &TensorBytes<'_>,
+    n: usize,
+    k: usize,
+) -> Result<Option<matrix::Matrix>> {
+    if dtype.bytes_for(k).and_then(|row| n.checked_mul(row)) != Some(bytes.len()) {
+        return Ok(None);
+    }
+    matrix::Matrix::pack_from(pool, dtype, n, k, |at, into| bytes.read_at(at, into)).transpose()
+}
 
 /// Candle's half of loading: tensors on a device.
 pub struct CandleBuild {
@@ -57,11 +72,15 @@ impl Build for CandleBuild {
     type Matrix = Matrix;
     type Vector = Tensor;
 
-    fn matrix(&self, dtype: WeightType, bytes: &[u8], n: usize, k: usize) -> Result<Option<Matrix>> {
+    #[cfg(all(feature = "metal", target_os = "macos"))]
+    const READS_IN_PLACE: bool = true;
+
+    fn matrix(&self, dtype: WeightType, bytes: &TensorBytes<'_>, n: usize, k: usize) -> Result<Option<Matrix>> {
         if let Some(cpu) = &self.cpu {
-            let packed = matrix::Matrix::pack(&cpu.pool, dtype, bytes, n, k);
+            let packed = pack(&cpu.pool, dtype, bytes, n, k)?;
             return Ok(packed.map(|matrix| Matrix::Packed { matrix, cpu: cpu.clone() }));
         }
+        let bytes = &*bytes.read()?;
         #[cfg(all(feature = "metal", target_os = "macos"))]
         if let Some(kernels) = &self.metal
             && let Some(matrix) = kernels.pack(dtype, bytes, n, k)?

@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::instrument::tracer::quant_error::{ErrorSums, QuantError};
 use crate::kernels::dequantise_rows;
 use crate::model::config::DecoderConfig;
-use crate::weights::{TensorMeta, WeightSource};
+use crate::weights::{TensorBytes, TensorMeta, WeightSource};
 
 /// The weights of a model, and what says how they are meant.
 #[derive(Clone, Copy)]
@@ -98,8 +98,6 @@ fn compare_pair(
         let rows = step.min(ours.rows - start);
         sums.add(&theirs.read(start, rows)?, &ours.read(start, rows)?)?;
     }
-    found.weights.release(found_name);
-    reference.weights.release(reference_name);
     Ok(QuantError { dtype: ours.meta.dtype.name().to_string(), ..sums.finish(name) })
 }
 
@@ -108,7 +106,7 @@ struct Rows<'a> {
     model: ModelWeights<'a>,
     name: &'a str,
     meta: TensorMeta,
-    bytes: &'a [u8],
+    bytes: TensorBytes<'a>,
     rows: usize,
     columns: usize,
     /// Rows of a head, where those of each are stored in the order of their rotation; 0 elsewhere.
@@ -143,8 +141,12 @@ impl<'a> Rows<'a> {
     fn read(&self, start: usize, rows: usize) -> Result<Vec<f32>> {
         let dtype = self.meta.dtype;
         let row_bytes = dtype.bytes_for(self.columns);
-        let part = row_bytes.and_then(|bytes| self.bytes.get(start * bytes..(start + rows) * bytes));
-        let values = part.and_then(|part| dequantise_rows(dtype, part, rows));
+        let values = match row_bytes.filter(|bytes| (start + rows) * bytes <= self.bytes.len()) {
+            Some(bytes) => {
+                dequantise_rows(dtype, &self.bytes.part(start * bytes..(start + rows) * bytes).read()?, rows)
+            }
+            None => None,
+        };
         let mut values = values.ok_or_else(|| {
             wrong(self.model, self.name, format!("rows of {} values are no whole blocks of {dtype}", self.columns))
         })?;

@@ -1,7 +1,6 @@
 //! The weights of a run of layers, read from a [`WeightSource`] tensor by tensor into whatever a device computes with.
 //! [`Build`] is that device's half: it takes bytes and gives back matrices and vectors.
 
-use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -10,7 +9,7 @@ use half::{bf16, f16};
 use super::config::{DecoderConfig, QkNorm};
 use crate::error::{Error, Result};
 use crate::kernels::dequantise;
-use crate::weights::{MappedTensor, StoredTensor, WeightSource, WeightType};
+use crate::weights::{MappedTensor, StoredTensor, TensorBytes, WeightSource, WeightType};
 
 /// Makes a device's matrices and vectors.
 pub trait Build {
@@ -19,11 +18,14 @@ pub trait Build {
     /// A norm weight or a bias.
     type Vector;
 
-    /// The `n` by `k` matrix of these bytes; `None` when they are not one.
-    fn matrix(&self, dtype: WeightType, bytes: &[u8], n: usize, k: usize) -> Result<Option<Self::Matrix>>;
+    /// Whether weights may stay in a mapped file, where [`mapped_matrix`](Self::mapped_matrix) finds them.
+    const READS_IN_PLACE: bool = false;
 
-    /// The same matrix of bytes that are mapped from a file, read where they are for as long as it lasts; `None` where
-    /// they have to be copied, for [`matrix`](Self::matrix) to do.
+    /// The `n` by `k` matrix of these bytes; `None` when they are not one.
+    fn matrix(&self, dtype: WeightType, bytes: &TensorBytes<'_>, n: usize, k: usize) -> Result<Option<Self::Matrix>>;
+
+    /// The same matrix of bytes in a mapped file, read in place for as long as the matrix lasts; `None` where they have
+    /// to be copied, for [`matrix`](Self::matrix) to do.
     fn mapped_matrix(
         &self,
         _dtype: WeightType,
@@ -255,8 +257,7 @@ impl<B: Build> Reader<'_, B> {
     fn values(&self, name: &str, n: usize) -> Result<Vec<f32>> {
         let stored = self.source.tensor(name)?;
         self.check_shape(name, &stored, &[n])?;
-        let values = dequantise(stored.meta.dtype, stored.bytes);
-        self.source.release(name);
+        let values = dequantise(stored.meta.dtype, &stored.bytes.read()?);
         values.ok_or_else(|| self.wrong(name, "its bytes do not match its shape".into()))
     }
 
@@ -268,25 +269,25 @@ impl<B: Build> Reader<'_, B> {
             .bytes_for(k)
             .ok_or_else(|| self.wrong(name, format!("rows of {k} values are no whole blocks of {dtype}")))?;
         let rows = start * row_bytes..(start + n) * row_bytes;
-        let bytes = &stored.bytes[rows.clone()];
+        let bytes = stored.bytes.part(rows.clone());
         let (dtype, bytes) = match self.dense_type {
-            Some(wanted) if dtype.is_dense() && wanted != dtype => (wanted, Cow::Owned(convert(bytes, dtype, wanted))),
+            Some(wanted) if dtype.is_dense() && wanted != dtype => {
+                (wanted, TensorBytes::Memory(convert(&bytes, dtype, wanted)?.into()))
+            }
             _ => {
-                if let Some(MappedTensor { file, range }) = self.source.mapped(name) {
+                if B::READS_IN_PLACE
+                    && let Some(MappedTensor { file, range }) = self.source.mapped(name)?
+                {
                     let stored = MappedTensor { file, range: range.start + rows.start..range.start + rows.end };
                     if let Some(matrix) = self.build.mapped_matrix(dtype, &stored, n, k)? {
-                        return Ok(matrix); // whose pages are not released: they are in use
+                        return Ok(matrix);
                     }
                 }
-                (dtype, Cow::Borrowed(bytes))
+                (dtype, bytes)
             }
         };
-        let matrix = self
-            .build
-            .matrix(dtype, &bytes, n, k)?
-            .ok_or_else(|| self.wrong(name, format!("{} bytes are no {n} by {k} {dtype} matrix", bytes.len())))?;
-        self.source.release(name);
-        Ok(matrix)
+        let matrix = self.build.matrix(dtype, &bytes, n, k)?;
+        matrix.ok_or_else(|| self.wrong(name, format!("{} bytes are no {n} by {k} {dtype} matrix", bytes.len())))
     }
 
     fn check_shape(&self, name: &str, stored: &StoredTensor, wanted: &[usize]) -> Result<()> {
@@ -301,17 +302,20 @@ impl<B: Build> Reader<'_, B> {
     }
 }
 
-/// From one dense type to another, a few values at a time, so that they are never all in memory as f32.
-fn convert(bytes: &[u8], from: WeightType, to: WeightType) -> Vec<u8> {
+/// From one dense type to another, some values at a time, so that they are never all in memory as f32.
+fn convert(bytes: &TensorBytes<'_>, from: WeightType, to: WeightType) -> Result<Vec<u8>> {
     const VALUES: usize = 1 << 16;
     let mut converted = Vec::with_capacity(bytes.len() / from.type_size() * to.type_size());
-    for part in bytes.chunks(VALUES * from.type_size()) {
-        let values = dequantise(from, part).unwrap_or_default();
+    let mut part = vec![0; VALUES * from.type_size()];
+    for start in (0..bytes.len()).step_by(part.len()) {
+        part.truncate(bytes.len() - start);
+        bytes.read_at(start, &mut part)?;
+        let values = dequantise(from, &part).unwrap_or_default();
         match to {
             WeightType::F16 => converted.extend(values.into_iter().flat_map(|v| f16::from_f32(v).to_le_bytes())),
             WeightType::BF16 => converted.extend(values.into_iter().flat_map(|v| bf16::from_f32(v).to_le_bytes())),
             _ => converted.extend(values.into_iter().flat_map(f32::to_le_bytes)),
         }
     }
-    converted
+    Ok(converted)
 }

@@ -1,16 +1,13 @@
-//! Reading a GGUF file in place. Opening one walks its header once and checks every length against the file before
-//! anything is allocated for it; afterwards metadata is decoded from the mapped bytes each time it is asked for, so a
-//! vocabulary of 200 000 strings costs nothing until somebody wants it.
+//! Reading a GGUF file. Opening one walks its header once and checks every length against the file before anything is
+//! allocated for it. Metadata is decoded from the header's bytes each time it is asked for, so that a vocabulary of
+//! 200,000 strings costs nothing until it is used.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::Path;
 
-use memmap2::Mmap;
-
-use super::mapped::{map_file, release_pages};
+use super::file::{ModelFile, TensorBytes};
 use super::names::NameMap;
 use super::{MappedTensor, StoredTensor, TensorMeta, WeightSource, WeightType};
 use crate::error::{Error, Result};
@@ -20,11 +17,17 @@ const DEFAULT_ALIGNMENT: u64 = 32;
 /// GGML's own limit.
 const MAX_DIMENSIONS: u32 = 4;
 
-/// A GGUF file, mapped.
+/// The first part of a file that is searched for the end of its header; more is read until it is found.
+const FIRST_HEADER_BYTES: usize = 1 << 20;
+/// Far above the largest vocabularies, whose headers take some tens of megabytes.
+const MAX_HEADER_BYTES: usize = 1 << 30;
+
+/// An open GGUF file.
 #[derive(Debug)]
 pub struct GgufFile {
-    path: PathBuf,
-    map: Arc<Mmap>,
+    file: ModelFile,
+    /// The file's first bytes, up to the end of its header.
+    header: Vec<u8>,
     metadata: BTreeMap<String, Value>,
     tensors: Vec<TensorInfo>,
     /// Index in `tensors` by the file's name.
@@ -41,47 +44,54 @@ struct TensorInfo {
 }
 
 impl GgufFile {
-    /// Maps the file and checks its whole header: versions 2 and 3, little endian. A tensor of a type that is not
+    /// Opens the file and checks its whole header: versions 2 and 3, little endian. A tensor of a type that is not
     /// supported is refused here, before anything is loaded.
     pub fn open(path: &Path) -> Result<GgufFile> {
-        let map = map_file(path)?;
-        let mut reader = Reader { path, bytes: &map, at: 0 };
-        read_version(&mut reader)?;
-        let tensor_count = reader.u64(format_args!("the tensor count"))?;
-        let metadata_count = reader.u64(format_args!("the metadata count"))?;
+        let file = ModelFile::open(path)?;
+        let mut header = file.start(FIRST_HEADER_BYTES)?;
+        let (metadata, mut tensors) = loop {
+            let mut reader = Reader { path, bytes: &header, file_len: file.len(), at: 0, is_short: false };
+            let read = read_header(&mut reader);
+            let (end, is_short) = (reader.at, reader.is_short);
+            match read {
+                Err(_) if is_short && header.len() < MAX_HEADER_BYTES => header = file.start(4 * header.len())?,
+                Err(_) if is_short => {
+                    let reason = format!("its header takes more than {MAX_HEADER_BYTES} bytes, the most that is read");
+                    return Err(Error::file(path, reason));
+                }
+                read => {
+                    header.truncate(end);
+                    break read?;
+                }
+            }
+        };
+        header.shrink_to_fit();
 
-        // A key's length, one value type and one byte; a tensor's two lengths, dimension, type and offset.
-        reader.check_count(metadata_count, 8 + 4 + 1, format_args!("the metadata count"))?;
-        let metadata = read_metadata(&mut reader, metadata_count)?;
-        reader.check_count(tensor_count, 8 + 4 + 8 + 4 + 8, format_args!("the tensor count"))?;
-        let mut tensors = read_tensors(&mut reader, tensor_count)?;
-        let header_end = reader.at;
-
-        let mut file = GgufFile {
-            path: path.to_path_buf(),
+        let mut gguf = GgufFile {
+            file,
+            header,
             metadata,
             tensors: Vec::new(),
             by_name: HashMap::new(),
             names: NameMap::default(),
-            map: Arc::new(map),
         };
-        file.refuse_split()?;
-        file.place(&mut tensors, header_end)?;
-        file.tensors = tensors;
-        file.by_name = file.tensors.iter().enumerate().map(|(index, tensor)| (tensor.name.clone(), index)).collect();
-        file.names = gguf_names(file.get_str("general.architecture")?.unwrap_or(""));
-        Ok(file)
+        gguf.refuse_split()?;
+        gguf.place(&mut tensors)?;
+        gguf.tensors = tensors;
+        gguf.by_name = gguf.tensors.iter().enumerate().map(|(index, tensor)| (tensor.name.clone(), index)).collect();
+        gguf.names = gguf_names(gguf.get_str("general.architecture")?.unwrap_or(""));
+        Ok(gguf)
     }
 
     /// The file's path, as given.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.file.path()
     }
 
     /// `general.architecture`: the family and the prefix of most other keys.
     pub fn architecture(&self) -> Result<&str> {
         self.get_str("general.architecture")?
-            .ok_or_else(|| Error::file(&self.path, "metadata key `general.architecture` is missing"))
+            .ok_or_else(|| Error::file(self.path(), "metadata key `general.architecture` is missing"))
     }
 
     /// All metadata keys, sorted.
@@ -176,11 +186,11 @@ impl GgufFile {
     }
 
     fn reader_at(&self, at: usize) -> Reader<'_> {
-        Reader { path: &self.path, bytes: &self.map, at }
+        Reader { path: self.path(), bytes: &self.header, file_len: self.file.len(), at, is_short: false }
     }
 
     fn wrong_type(&self, key: &str, wanted: impl fmt::Display, found: impl fmt::Display) -> Error {
-        Error::file(&self.path, format!("metadata key `{key}` has to be {wanted}, and is {found}"))
+        Error::file(self.path(), format!("metadata key `{key}` has to be {wanted}, and is {found}"))
     }
 
     fn refuse_split(&self) -> Result<()> {
@@ -188,7 +198,7 @@ impl GgufFile {
             None | Some(0 | 1) => Ok(()),
             Some(count) => Err(Error::Unsupported {
                 what: "split GGUF file",
-                value: format!("{} (one of {count} parts)", self.path.display()),
+                value: format!("{} (one of {count} parts)", self.path().display()),
                 hint: "merge the parts with `llama-gguf-split --merge FIRST-PART MERGED.gguf`".to_string(),
             }),
         }
@@ -196,14 +206,14 @@ impl GgufFile {
 
     /// Turns the tensors' ranges from ones within the data section into ones within the file, and checks that they
     /// are in it and apart from one another.
-    fn place(&self, tensors: &mut [TensorInfo], header_end: usize) -> Result<()> {
+    fn place(&self, tensors: &mut [TensorInfo]) -> Result<()> {
         let alignment = self.get_u64("general.alignment")?.unwrap_or(DEFAULT_ALIGNMENT);
         let Some(alignment) = usize::try_from(alignment).ok().filter(|alignment| alignment.is_power_of_two()) else {
             let reason = format!("metadata key `general.alignment` is {alignment}, which is not a power of two");
-            return Err(Error::file(&self.path, reason));
+            return Err(Error::file(self.path(), reason));
         };
-        let size = self.map.len();
-        let start = header_end.checked_next_multiple_of(alignment).unwrap_or(size).min(size);
+        let size = self.file.len();
+        let start = self.header.len().checked_next_multiple_of(alignment).unwrap_or(size).min(size);
         tensors.sort_by_key(|tensor| tensor.range.start);
         let mut before: Option<&TensorInfo> = None;
         for tensor in tensors {
@@ -223,7 +233,7 @@ impl GgufFile {
                 before = Some(tensor);
                 continue;
             };
-            return Err(Error::Tensor { path: self.path.clone(), tensor: tensor.name.clone(), reason });
+            return Err(Error::Tensor { path: self.path().into(), tensor: tensor.name.clone(), reason });
         }
         Ok(())
     }
@@ -240,25 +250,21 @@ impl WeightSource for GgufFile {
 
     fn tensor(&self, name: &str) -> Result<StoredTensor<'_>> {
         let tensor = self.find(name).ok_or_else(|| Error::Tensor {
-            path: self.path.clone(),
+            path: self.path().into(),
             tensor: self.stored_name(name),
             reason: "is missing from the file".to_string(),
         })?;
-        Ok(StoredTensor { meta: tensor.meta.clone(), bytes: &self.map[tensor.range.clone()] })
+        let bytes = TensorBytes::File { file: &self.file, range: tensor.range.clone() };
+        Ok(StoredTensor { meta: tensor.meta.clone(), bytes })
     }
 
-    fn mapped(&self, name: &str) -> Option<MappedTensor> {
-        self.find(name).map(|tensor| MappedTensor { file: self.map.clone(), range: tensor.range.clone() })
+    fn mapped(&self, name: &str) -> Result<Option<MappedTensor>> {
+        let mapped = |tensor: &TensorInfo| Ok(MappedTensor { file: self.file.map()?, range: tensor.range.clone() });
+        self.find(name).map(mapped).transpose()
     }
 
     fn names(&self) -> Vec<String> {
         self.tensors.iter().filter_map(|tensor| self.names.to_canonical(&tensor.name)).collect()
-    }
-
-    fn release(&self, name: &str) {
-        if let Some(tensor) = self.find(name) {
-            release_pages(&self.map, tensor.range.clone());
-        }
     }
 
     fn stored_name(&self, name: &str) -> String {
@@ -266,7 +272,7 @@ impl WeightSource for GgufFile {
     }
 
     fn path_of(&self, _name: &str) -> &Path {
-        &self.path
+        self.path()
     }
 }
 
@@ -428,6 +434,19 @@ impl<'a> Scalar<'a> {
     }
 }
 
+/// Reads the whole header: where metadata values lie, and the tensors with ranges within the data section.
+fn read_header(reader: &mut Reader<'_>) -> Result<(BTreeMap<String, Value>, Vec<TensorInfo>)> {
+    read_version(reader)?;
+    let tensor_count = reader.u64(format_args!("the tensor count"))?;
+    let metadata_count = reader.u64(format_args!("the metadata count"))?;
+    // A key's length, one value type and one byte; a tensor's two lengths, dimension, type and offset.
+    reader.check_count(metadata_count, 8 + 4 + 1, format_args!("the metadata count"))?;
+    let metadata = read_metadata(reader, metadata_count)?;
+    reader.check_count(tensor_count, 8 + 4 + 8 + 4 + 8, format_args!("the tensor count"))?;
+    let tensors = read_tensors(reader, tensor_count)?;
+    Ok((metadata, tensors))
+}
+
 fn read_version(reader: &mut Reader<'_>) -> Result<()> {
     let path = reader.path;
     let magic = reader.take(4, format_args!("the magic"))?;
@@ -504,17 +523,28 @@ fn read_tensors(reader: &mut Reader<'_>, count: u64) -> Result<Vec<TensorInfo>> 
 /// Reads little endian values off the mapped bytes. `what` says in errors what was being read.
 struct Reader<'a> {
     path: &'a Path,
+    /// The file's first bytes.
     bytes: &'a [u8],
+    file_len: usize,
     at: usize,
+    /// Whether reading has failed for want of bytes that the file has.
+    is_short: bool,
 }
 
 impl<'a> Reader<'a> {
     fn take(&mut self, count: u64, what: fmt::Arguments<'_>) -> Result<&'a [u8]> {
-        let left = &self.bytes[self.at..];
-        let taken = usize::try_from(count).ok().and_then(|count| left.get(..count)).ok_or_else(|| {
-            self.damaged(format_args!("{what} takes {count} bytes at byte {}, where {} are left", self.at, left.len()))
-        })?;
-        self.at += taken.len();
+        let end = usize::try_from(count).ok().and_then(|count| self.at.checked_add(count));
+        let Some(end) = end.filter(|&end| end <= self.file_len) else {
+            let left = self.file_len - self.at;
+            return Err(
+                self.damaged(format_args!("{what} takes {count} bytes at byte {}, where {left} are left", self.at))
+            );
+        };
+        let Some(taken) = self.bytes.get(self.at..end) else {
+            self.is_short = true;
+            return Err(self.damaged(format_args!("{what} lies beyond the bytes read")));
+        };
+        self.at = end;
         Ok(taken)
     }
 
@@ -577,7 +607,7 @@ impl<'a> Reader<'a> {
                 self.take(count * kind.min_bytes(), what)?; // does not overflow: the check found room for it
             }
         }
-        Ok(Value { kind, count: Some(count as usize), at }) // lossless: no more than the bytes of the mapped file
+        Ok(Value { kind, count: Some(count as usize), at }) // lossless: no more than the bytes of the file
     }
 
     fn scalar(&mut self, kind: Kind, what: fmt::Arguments<'_>) -> Result<Scalar<'a>> {
@@ -600,7 +630,7 @@ impl<'a> Reader<'a> {
 
     /// Refuses a count whose items cannot all be in the rest of the file.
     fn check_count(&self, count: u64, min_bytes: u64, what: fmt::Arguments<'_>) -> Result<()> {
-        let room = (self.bytes.len() - self.at) as u64 / min_bytes;
+        let room = (self.file_len - self.at) as u64 / min_bytes;
         if count > room {
             return Err(self.damaged(format_args!("{what} is {count}, and there is room for at most {room}")));
         }

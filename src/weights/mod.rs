@@ -1,4 +1,4 @@
-//! Where tensors come from. A [`WeightSource`] maps a canonical tensor name to its type, shape and mapped bytes, so that
+//! Where tensors come from. A [`WeightSource`] finds a tensor's type, shape and bytes by its canonical name, so that
 //! nothing above this module knows whether a model is safetensors or GGUF. Whoever runs a stage builds what it needs
 //! from the bytes: candle tensors, quantised matrices, packed kernels.
 //!
@@ -27,7 +27,7 @@ pub mod gguf;
 pub mod hub;
 pub mod safetensors;
 
-mod mapped;
+mod file;
 mod names;
 
 use std::ops::Range;
@@ -38,6 +38,7 @@ use candle_core::quantized::GgmlDType;
 use memmap2::Mmap;
 use metal_ext::pack::Format;
 
+pub use self::file::{ModelFile, TensorBytes};
 use crate::error::Result;
 
 /// How the numbers of a stored tensor are encoded. The names are those of GGML.
@@ -181,25 +182,25 @@ impl TensorMeta {
     }
 }
 
-/// A stored tensor: its type and shape, and the file's mapped bytes.
+/// A stored tensor: its type and shape, and its bytes.
 #[derive(Debug, Clone)]
 pub struct StoredTensor<'a> {
     /// Type and shape.
     pub meta: TensorMeta,
-    /// Exactly `meta.bytes()` bytes, little endian, with no alignment guaranteed.
-    pub bytes: &'a [u8],
+    /// Exactly `meta.bytes()` bytes, little endian.
+    pub bytes: TensorBytes<'a>,
 }
 
-/// A tensor's bytes in a mapped file, for those who read them where they are.
+/// A tensor's bytes in a mapped file, for a device that reads them in place.
 #[derive(Debug, Clone)]
 pub struct MappedTensor {
-    /// The mapping, which lasts as long as anybody has it.
+    /// The mapping, which lasts as long as any clone of it.
     pub file: Arc<Mmap>,
     /// The tensor's bytes in it.
     pub range: Range<usize>,
 }
 
-/// Tensors by canonical name. Opening one reads headers only; bytes are paged in by whoever touches them.
+/// Tensors by canonical name. Opening one reads headers only; bytes are read when they are asked for.
 pub trait WeightSource: Send + Sync {
     /// Type and shape, or `None` when the model has no such tensor. A tensor of a type that is not supported is an
     /// error that names it.
@@ -208,18 +209,15 @@ pub trait WeightSource: Send + Sync {
     /// The tensor. An absent one is an error that names it as the file would.
     fn tensor(&self, name: &str) -> Result<StoredTensor<'_>>;
 
-    /// Where the bytes of [`tensor`](Self::tensor) lie in a file, if they are mapped from one. A source that changes them
-    /// on the way has no such place.
-    fn mapped(&self, _name: &str) -> Option<MappedTensor> {
-        None
+    /// The bytes of [`tensor`](Self::tensor) in a mapping of their file; `None` where the source has no such tensor or
+    /// changes the bytes on the way. A file that is truncated while it is mapped kills the process, so only devices
+    /// that read weights in place ask for it.
+    fn mapped(&self, _name: &str) -> Result<Option<MappedTensor>> {
+        Ok(None)
     }
 
     /// Canonical names of all tensors that have one, in no order.
     fn names(&self) -> Vec<String>;
-
-    /// Drops the tensor's pages from this process, for when they have been copied to where they are used. Without it a
-    /// loaded model would be resident twice. Reading the tensor again pages it in again.
-    fn release(&self, name: &str);
 
     /// What the file calls the tensor, or would; for error messages.
     fn stored_name(&self, name: &str) -> String;

@@ -6,13 +6,11 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
-use std::sync::Arc;
 
-use memmap2::Mmap;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
-use super::mapped::{map_file, release_pages};
+use super::file::{ModelFile, TensorBytes};
 use super::names::NameMap;
 use super::{MappedTensor, StoredTensor, TensorMeta, WeightSource, WeightType};
 use crate::error::{Error, Result};
@@ -39,21 +37,15 @@ pub struct HfNames {
     pub mlp_post_norm: Option<&'static str>,
 }
 
-/// The safetensors files of a model folder, mapped.
+/// The open safetensors files of a model folder.
 #[derive(Debug)]
 pub struct SafetensorsDir {
     /// The file to name when a tensor is in none: the index, or the single file.
     listing: PathBuf,
-    shards: Vec<Shard>,
+    shards: Vec<ModelFile>,
     /// By the file's name.
     tensors: HashMap<String, Located>,
     names: NameMap,
-}
-
-#[derive(Debug)]
-struct Shard {
-    path: PathBuf,
-    map: Arc<Mmap>,
 }
 
 #[derive(Debug)]
@@ -67,7 +59,7 @@ struct Located {
 }
 
 impl SafetensorsDir {
-    /// Maps the folder's safetensors files and checks their headers.
+    /// Opens the folder's safetensors files and checks their headers.
     pub fn open(dir: &Path, names: &HfNames) -> Result<SafetensorsDir> {
         let mut shards = Vec::new();
         let mut tensors = HashMap::new();
@@ -83,7 +75,7 @@ impl SafetensorsDir {
                     let (shard, mut entries) = open_shard(&dir.join(file))?;
                     for (name, _) in weight_map.iter().filter(|(_, listed)| *listed == file) {
                         let entry = entries.remove(name).ok_or_else(|| Error::Tensor {
-                            path: shard.path.clone(),
+                            path: shard.path().into(),
                             tensor: name.clone(),
                             reason: format!("is not in this file, where {INDEX_FILE} says that it is"),
                         })?;
@@ -107,7 +99,7 @@ impl SafetensorsDir {
     fn meta_of(&self, name: &str, located: &Located) -> Result<TensorMeta> {
         let dtype = weight_type(&located.dtype).ok_or_else(|| Error::Unsupported {
             what: "tensor type",
-            value: format!("{} of tensor `{name}` in {}", located.dtype, self.shards[located.shard].path.display()),
+            value: format!("{} of tensor `{name}` in {}", located.dtype, self.shards[located.shard].path().display()),
             hint:
                 "supported in safetensors are F32, F16 and BF16; take the model that is not quantised, or a GGUF file"
                     .to_string(),
@@ -128,22 +120,19 @@ impl WeightSource for SafetensorsDir {
             reason: "is missing from the model".to_string(),
         })?;
         let meta = self.meta_of(&file_name, located)?;
-        Ok(StoredTensor { meta, bytes: &self.shards[located.shard].map[located.range.clone()] })
+        let bytes = TensorBytes::File { file: &self.shards[located.shard], range: located.range.clone() };
+        Ok(StoredTensor { meta, bytes })
     }
 
-    fn mapped(&self, name: &str) -> Option<MappedTensor> {
-        let (_, located) = self.find(name)?;
-        Some(MappedTensor { file: self.shards[located.shard].map.clone(), range: located.range.clone() })
+    fn mapped(&self, name: &str) -> Result<Option<MappedTensor>> {
+        let mapped = |(_, located): (String, &Located)| {
+            Ok(MappedTensor { file: self.shards[located.shard].map()?, range: located.range.clone() })
+        };
+        self.find(name).map(mapped).transpose()
     }
 
     fn names(&self) -> Vec<String> {
         self.tensors.keys().filter_map(|name| self.names.to_canonical(name)).collect()
-    }
-
-    fn release(&self, name: &str) {
-        if let Some((_, located)) = self.find(name) {
-            release_pages(&self.shards[located.shard].map, located.range.clone());
-        }
     }
 
     fn stored_name(&self, name: &str) -> String {
@@ -151,7 +140,7 @@ impl WeightSource for SafetensorsDir {
     }
 
     fn path_of(&self, name: &str) -> &Path {
-        self.find(name).map_or(&self.listing, |(_, located)| &self.shards[located.shard].path)
+        self.find(name).map_or(&self.listing, |(_, located)| self.shards[located.shard].path())
     }
 }
 
@@ -225,10 +214,11 @@ struct Index {
 /// Reads the index: which shard holds which tensor. A shard is a plain file name, so that no index reaches out of its
 /// folder.
 pub(super) fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
-    let bytes = map_file(path)?;
-    if bytes.len() > MAX_HEADER_BYTES {
-        return Err(Error::file(path, format!("has {} bytes, which is too large for an index", bytes.len())));
+    let file = ModelFile::open(path)?;
+    if file.len() > MAX_HEADER_BYTES {
+        return Err(Error::file(path, format!("has {} bytes, which is too large for an index", file.len())));
     }
+    let bytes = file.start(file.len())?;
     let index: Index =
         serde_json::from_slice(&bytes).map_err(|error| Error::file(path, format!("is not a weight index: {error}")))?;
     if index.weight_map.is_empty() {
@@ -269,22 +259,27 @@ struct Header {
     tensors: HashMap<String, Entry>,
 }
 
-/// Maps one safetensors file and checks that its tensors cover its data, each with the bytes that its shape takes.
-fn open_shard(path: &Path) -> Result<(Shard, HashMap<String, Entry>)> {
-    let map = map_file(path)?;
+/// Opens one safetensors file and checks that its tensors cover its data, each with the bytes that its shape takes.
+fn open_shard(path: &Path) -> Result<(ModelFile, HashMap<String, Entry>)> {
+    let file = ModelFile::open(path)?;
     let damaged = |reason: String| Error::file(path, format!("{reason}: the file is truncated or damaged"));
-    let Some(length) = map.first_chunk::<HEADER_LENGTH_BYTES>() else {
-        return Err(damaged(format!("has {} bytes, fewer than the header length takes", map.len())));
-    };
-    let length = u64::from_le_bytes(*length);
-    let room = (map.len() - HEADER_LENGTH_BYTES).min(MAX_HEADER_BYTES);
+    if file.len() < HEADER_LENGTH_BYTES {
+        return Err(damaged(format!("has {} bytes, fewer than the header length takes", file.len())));
+    }
+    let mut length = [0; HEADER_LENGTH_BYTES];
+    file.read_at(0, &mut length)?;
+    let length = u64::from_le_bytes(length);
+    let room = (file.len() - HEADER_LENGTH_BYTES).min(MAX_HEADER_BYTES);
     let length = usize::try_from(length)
         .ok()
         .filter(|&length| length <= room)
         .ok_or_else(|| damaged(format!("the header length says {length} bytes, and there is room for {room}")))?;
-    let (header, data) = map[HEADER_LENGTH_BYTES..].split_at(length);
+    let mut header = vec![0; length];
+    file.read_at(HEADER_LENGTH_BYTES, &mut header)?;
+    let data_start = HEADER_LENGTH_BYTES + length;
+    let data_bytes = file.len() - data_start;
     let Header { mut tensors, .. } =
-        serde_json::from_slice(header).map_err(|error| damaged(format!("the header does not parse: {error}")))?;
+        serde_json::from_slice(&header).map_err(|error| damaged(format!("the header does not parse: {error}")))?;
 
     let mut by_offset: Vec<(&String, &mut Entry)> = tensors.iter_mut().collect();
     by_offset.sort_by_key(|(_, entry)| entry.data_offsets);
@@ -296,8 +291,8 @@ fn open_shard(path: &Path) -> Result<(Shard, HashMap<String, Entry>)> {
             let reason = format!("data_offsets are [{start}, {end}], where the data before it ends at {covered}");
             return Err(refused(format!("{reason}: tensors overlap or leave a gap")));
         }
-        if end > data.len() {
-            let reason = format!("data_offsets are [{start}, {end}], and the file holds {} bytes of data", data.len());
+        if end > data_bytes {
+            let reason = format!("data_offsets are [{start}, {end}], and the file holds {} bytes of data", data_bytes);
             return Err(refused(format!("{reason}: the file is truncated or damaged")));
         }
         if let Some(dtype) = weight_type(&entry.dtype) {
@@ -308,13 +303,12 @@ fn open_shard(path: &Path) -> Result<(Shard, HashMap<String, Entry>)> {
             }
         }
         covered = end;
-        let data_start = HEADER_LENGTH_BYTES + length;
         entry.data_offsets = (data_start + start, data_start + end);
     }
-    if covered != data.len() {
-        return Err(damaged(format!("the header describes {covered} bytes of data, and there are {}", data.len())));
+    if covered != data_bytes {
+        return Err(damaged(format!("the header describes {covered} bytes of data, and there are {}", data_bytes)));
     }
-    Ok((Shard { path: path.to_path_buf(), map: Arc::new(map) }, tensors))
+    Ok((file, tensors))
 }
 
 fn weight_type(dtype: &str) -> Option<WeightType> {

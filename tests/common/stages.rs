@@ -11,7 +11,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource, Wanted};
 use candle_pipeline::instrument::Watch;
 use candle_pipeline::kernels::dequantise;
-use candle_pipeline::weights::{StoredTensor, TensorMeta, WeightSource, WeightType};
+use candle_pipeline::weights::{StoredTensor, TensorBytes, TensorMeta, WeightSource, WeightType};
 use candle_pipeline::{DEMO_MODEL, DeviceSpec, HeterogeneousPipeline, Result};
 
 /// A model's tensors, every one widened to F32: the CPU backend then multiplies unrounded inputs, as the kernels do,
@@ -26,7 +26,7 @@ impl Widened {
     pub fn new(source: Arc<dyn WeightSource>) -> Widened {
         let widen = |name: String| {
             let stored = source.tensor(&name).unwrap();
-            let values = dequantise(stored.meta.dtype, stored.bytes).unwrap();
+            let values = dequantise(stored.meta.dtype, &stored.bytes.read().unwrap()).unwrap();
             (name, values.into_iter().flat_map(f32::to_le_bytes).collect())
         };
         let tensors = source.names().into_iter().map(widen).collect();
@@ -41,14 +41,13 @@ impl WeightSource for Widened {
 
     fn tensor(&self, name: &str) -> Result<StoredTensor<'_>> {
         let StoredTensor { meta, .. } = self.source.tensor(name)?;
-        Ok(StoredTensor { meta: TensorMeta { dtype: WeightType::F32, ..meta }, bytes: &self.tensors[name] })
+        let bytes = TensorBytes::Memory(self.tensors[name].as_slice().into());
+        Ok(StoredTensor { meta: TensorMeta { dtype: WeightType::F32, ..meta }, bytes })
     }
 
     fn names(&self) -> Vec<String> {
         self.source.names()
     }
-
-    fn release(&self, _: &str) {}
 
     fn stored_name(&self, name: &str) -> String {
         self.source.stored_name(name)

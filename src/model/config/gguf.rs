@@ -208,7 +208,8 @@ fn rope_scaling_from_gguf(gguf: &GgufFile, arch: &str, context_length: usize) ->
                 reason: format!("has type {}, expected F32", stored.meta.dtype),
             });
         }
-        let (values, _) = stored.bytes.as_chunks::<4>();
+        let bytes = stored.bytes.read()?;
+        let (values, _) = bytes.as_chunks::<4>();
         Ok(Some(values.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()))
     };
     let original =
