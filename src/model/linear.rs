@@ -28,6 +28,7 @@ pub fn pack(
     if dtype.bytes_for(k).and_then(|row| n.checked_mul(row)) != Some(bytes.len()) {
         return Ok(None);
     }
+    bytes.prefetch();
     matrix::Matrix::pack_from(pool, dtype, n, k, |at, into| bytes.read_at(at, into)).transpose()
 }
 
