@@ -212,12 +212,14 @@ impl Error {
             }
             Error::InvalidOption { option, reason } => format!("option `{option}`: {reason}"),
             Error::DoesNotFit(reason) => format!("the model does not fit: {reason}"),
-            Error::EmptyPrompt => "the prompt is empty: give at least one token (a tokenizer that adds a BOS token makes \
+            Error::EmptyPrompt => {
+                "the prompt is empty: give at least one token (a tokenizer that adds a BOS token makes \
                                    one from an empty text)"
-                .to_string(),
-            Error::TokenOutOfRange { token, position, vocab_size } => format!(
-                "prompt token {token} at position {position} is outside the vocabulary of {vocab_size} tokens"
-            ),
+                    .to_string()
+            }
+            Error::TokenOutOfRange { token, position, vocab_size } => {
+                format!("prompt token {token} at position {position} is outside the vocabulary of {vocab_size} tokens")
+            }
             Error::PromptTooLong { prompt_tokens, context_length } => format!(
                 "the prompt has {prompt_tokens} tokens and the context holds {context_length}: shorten the prompt, or \
                  raise `context_length` if the model allows more"

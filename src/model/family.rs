@@ -68,6 +68,8 @@ pub struct Family {
     pub name: &'static str,
     /// `model_type` values of config.json.
     pub model_types: &'static [&'static str],
+    /// Those of `model_types` whose language model is described in an object of its own, `text_config`.
+    pub wrappers: &'static [&'static str],
     /// `general.architecture` values of GGUF.
     pub gguf: &'static [&'static str],
     /// Norms and what their modules are called in safetensors; a norm that is `None` does not exist.
@@ -149,6 +151,7 @@ const POST_NORMS: HfNames = HfNames {
 const LLAMA: Family = Family {
     name: "Llama",
     model_types: &["llama"],
+    wrappers: &[],
     gguf: &["llama"],
     names: PRE_NORMS,
     norm_offset: 0.0,
@@ -261,6 +264,7 @@ pub const FAMILIES: &[Family] = &[
     Family {
         name: "Gemma 3",
         model_types: &["gemma3_text", "gemma3"],
+        wrappers: &["gemma3"],
         gguf: &["gemma3"],
         names: FOUR_NORMS,
         qk_norm: QkNorm::PerHead,
