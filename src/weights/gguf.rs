@@ -466,6 +466,8 @@ impl<'a> Scalar<'a> {
     fn shown(self) -> String {
         match self {
             Scalar::Int(value) => value.to_string(),
+            // As short as it can be written in the type that it was stored in.
+            Scalar::Float(value) if f64::from(value as f32) == value => (value as f32).to_string(),
             Scalar::Float(value) => value.to_string(),
             Scalar::Bool(value) => value.to_string(),
             Scalar::Str(bytes) => format!("\"{}\"", bytes[..bytes.len().min(40)].escape_ascii()),

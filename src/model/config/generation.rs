@@ -40,10 +40,8 @@ impl Generation {
         let places = if file.is_some() { &all[..1] } else { &all[..] };
 
         for &field in UNSUPPORTED {
-            if let Some(json) = holder(places, field)
-                && let Some(value) = json.get(field).filter(|value| !is_empty(value))
-            {
-                return Err(unsupported(json, field, value));
+            if let Some(json) = holder(places, field).filter(|json| !json.get(field).is_some_and(is_empty)) {
+                return Err(unsupported(json, field));
             }
         }
         let ids = |places: &[&Json], field| match holder(places, field) {
@@ -53,13 +51,13 @@ impl Generation {
         let eos_token_ids = ids(&all, "eos_token_id")?;
         let mut always = ids(places, "suppress_tokens")?.unwrap_or_default();
         if let Some(json) = holder(places, "bad_words_ids") {
-            for words in json.token_id_lists("bad_words_ids")? {
-                match words[..] {
+            for word in json.token_id_lists("bad_words_ids")? {
+                match word[..] {
                     // As transformers has it, a generation can end in spite of the list.
-                    [word] if eos_token_ids.as_ref().is_some_and(|eos| eos.contains(&word)) => {}
-                    [word] => always.push(word),
+                    [token] if eos_token_ids.as_ref().is_some_and(|eos| eos.contains(&token)) => {}
+                    [token] => always.push(token),
                     [] => {}
-                    _ => return Err(unsupported(json, "bad_words_ids", &Value::from(words))),
+                    _ => return Err(unsupported(json, "bad_words_ids")),
                 }
             }
         }
@@ -77,10 +75,11 @@ fn is_empty(value: &Value) -> bool {
     value.as_array().is_some_and(Vec::is_empty) || value.as_object().is_some_and(serde_json::Map::is_empty)
 }
 
-fn unsupported(json: &Json, field: &'static str, value: &Value) -> Error {
+fn unsupported(json: &Json, field: &'static str) -> Error {
+    let value = json.get(field).map(Value::to_string).unwrap_or_default();
     Error::Unsupported {
         what: "generation setting",
-        value: format!("{field} = {}", shorten(&value.to_string())),
+        value: format!("{field} = {}", shorten(&value)),
         hint: format!(
             "in {}; of the settings that rule out tokens, suppress_tokens, begin_suppress_tokens and bad_words_ids of \
              one token each are supported: take this one out to generate without it",
