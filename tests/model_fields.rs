@@ -327,7 +327,11 @@ fn fields_that_are_not_acted_on_are_refused_by_name() {
     ] {
         let model = Model::of("llama");
         model.write("generation_config.json", json!({ field: value }).to_string());
-        refusal(model.dir(), &model.path("generation_config.json"), &[&format!("`{field} = {value}`"), "suppress_tokens"]);
+        refusal(
+            model.dir(),
+            &model.path("generation_config.json"),
+            &[&format!("`{field} = {value}`"), "suppress_tokens"],
+        );
         // Without that file, older ones have the field in config.json.
         std::fs::remove_file(model.path("generation_config.json")).unwrap();
         model.set(&format!("/{field}"), Some(value));
@@ -431,7 +435,8 @@ async fn an_index_may_name_tensors_that_no_file_holds() {
     weight_map.insert(down.into(), json!("a.safetensors"));
     weight_map.insert("vision_tower.weight".into(), json!("a.safetensors"));
     let index = model.path("model.safetensors.index.json");
-    let text = json!({ "weight_map": weight_map }).to_string().replacen('{', "{\"metadata\": {\"total_size\": NaN}, ", 1);
+    let text =
+        json!({ "weight_map": weight_map }).to_string().replacen('{', "{\"metadata\": {\"total_size\": NaN}, ", 1);
     std::fs::write(&index, &text).unwrap();
     let load = async || common::executor(model.dir().to_str().unwrap(), "cpu", None).await.map(drop);
     load().await.unwrap();

@@ -265,6 +265,11 @@ impl GgufFile {
             };
             return Err(Error::Tensor { path: self.path.clone(), tensor: tensor.name.clone(), reason });
         }
+        // llama.cpp allows this, so it is no reason to refuse the file; a wrong type of the last tensor looks like this too.
+        let behind = expected.map_or(0, |end| (size - start).saturating_sub(end));
+        if behind > 0 {
+            tracing::warn!("{}: {behind} bytes behind the last tensor belong to none", self.path.display());
+        }
         Ok(())
     }
 
