@@ -306,6 +306,32 @@ fn token_ids_that_no_vocabulary_has_are_left_out() {
 }
 
 #[test]
+fn fields_that_a_family_does_not_read_may_hold_anything() {
+    for (fixture, fields) in [
+        (
+            "llama",
+            &["sliding_window", "max_window_layers", "use_sliding_window", "no_rope_layers", "rope_local_base_freq"][..],
+        ),
+        (
+            "llama",
+            &["query_pre_attn_scalar", "final_logit_softcapping", "residual_multiplier", "sliding_window_pattern"],
+        ),
+        ("qwen2", &["sliding_window", "attention_bias", "mlp_bias", "no_rope_layer_interval", "partial_rotary_factor"]),
+        ("mistral", &["attention_bias", "mlp_bias", "max_window_layers"]),
+        ("phi3", &["attention_bias", "mlp_bias"]),
+    ] {
+        let plain = config(Model::of(fixture).dir());
+        for field in fields {
+            for value in [json!("many"), json!(-1), json!([[]]), json!(true)] {
+                let model = Model::of(fixture);
+                model.set(&format!("/{field}"), Some(value.clone()));
+                assert_eq!(config(model.dir()), plain, "{fixture} {field} {value}");
+            }
+        }
+    }
+}
+
+#[test]
 fn fields_that_are_not_acted_on_are_refused_by_name() {
     for (fixture, pointer, value, words) in [
         ("gemma2", "/use_bidirectional_attention", json!(true), &["use_bidirectional_attention", "embeddings"][..]),

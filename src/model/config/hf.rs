@@ -100,8 +100,10 @@ fn from_json(json: &Json, family: &'static Family, model_type: &str) -> Result<D
             json.unsupported("activation", name, activation_field, "silu, gelu and gelu_pytorch_tanh")
         })?,
     };
-    let no_rope_layers: Option<Vec<f32>> = json.numbers("no_rope_layers")?;
-    let interval = json.size("no_rope_layer_interval")?.or(family.no_rope_interval);
+    let (no_rope_layers, interval) = match family.no_rope_interval {
+        Some(_) => (json.numbers("no_rope_layers")?, json.size("no_rope_layer_interval")?.or(family.no_rope_interval)),
+        None => (None, None),
+    };
     let has_rope = |layer: usize| match (&no_rope_layers, family.no_rope_interval) {
         // The list holds 1 for a layer WITH RoPE, in spite of its name.
         (Some(list), Some(_)) => list.get(layer).is_none_or(|&flag| flag != 0.0),
@@ -138,8 +140,9 @@ fn from_json(json: &Json, family: &'static Family, model_type: &str) -> Result<D
         }
         Ok(json.positive(field)?.unwrap_or(1.0))
     };
-    // Families with a fixed bias have no such field; one that strayed into their config means nothing.
-    let attention_bias = !family.qkv_bias && json.flag("attention_bias")?.unwrap_or(false);
+    // A field that strayed into the config of a family without it means nothing.
+    let bias = |field: &str, counts: bool| if counts { json.flag(field) } else { Ok(None) };
+    let attention_bias = bias("attention_bias", family.attention_bias)?.unwrap_or(false);
     let embedding_multiplier =
         if family.embedding_sqrt_hidden { (hidden_size as f64).sqrt() } else { multiplier("embedding_multiplier")? };
     Ok(with_stretched_context(DecoderConfig {
@@ -164,7 +167,7 @@ fn from_json(json: &Json, family: &'static Family, model_type: &str) -> Result<D
         tie_word_embeddings: json.flag("tie_word_embeddings")?.unwrap_or(family.tied),
         qkv_bias: Some(family.qkv_bias || attention_bias),
         o_bias: Some(attention_bias),
-        mlp_bias: Some(json.flag("mlp_bias")?.unwrap_or(false)),
+        mlp_bias: Some(bias("mlp_bias", family.mlp_bias)?.unwrap_or(false)),
         rope,
         local_rope,
         layers,
@@ -184,15 +187,14 @@ fn from_json(json: &Json, family: &'static Family, model_type: &str) -> Result<D
 }
 
 fn sliding_window_from_json(json: &Json, family: &Family) -> Result<Option<usize>> {
-    let window = match json.value.get("sliding_window") {
-        None => family.sliding_window,
-        Some(_) => json.size("sliding_window")?,
-    };
     let switched = matches!(family.sliding, SlidingLayers::FromMaxWindowLayers | SlidingLayers::WithoutRope);
-    if switched && !json.flag("use_sliding_window")?.unwrap_or(false) {
+    if family.sliding == SlidingLayers::Never || (switched && !json.flag("use_sliding_window")?.unwrap_or(false)) {
         return Ok(None);
     }
-    Ok(window)
+    match json.value.get("sliding_window") {
+        None => Ok(family.sliding_window),
+        Some(_) => json.size("sliding_window"),
+    }
 }
 
 fn sliding_layers_from_json(
@@ -221,17 +223,21 @@ fn sliding_layers_from_json(
             })
             .collect();
     }
-    let max_window_layers = json.size("max_window_layers")?.unwrap_or(28);
-    let pattern = json.size("sliding_window_pattern")?.or(json.size("_sliding_window_pattern")?);
-    Ok((0..layers)
-        .map(|layer| match family.sliding {
-            SlidingLayers::Never => false,
-            SlidingLayers::All => true,
-            SlidingLayers::FromMaxWindowLayers => layer >= max_window_layers,
-            SlidingLayers::AllButEvery(n) => !(layer + 1).is_multiple_of(pattern.unwrap_or(n).max(1)),
-            SlidingLayers::WithoutRope => !has_rope(layer),
-        })
-        .collect())
+    let all = |slides: &dyn Fn(usize) -> bool| (0..layers).map(slides).collect();
+    Ok(match family.sliding {
+        SlidingLayers::Never => all(&|_| false),
+        SlidingLayers::All => all(&|_| true),
+        SlidingLayers::FromMaxWindowLayers => {
+            let first = json.size("max_window_layers")?.unwrap_or(28);
+            all(&|layer| layer >= first)
+        }
+        SlidingLayers::AllButEvery(n) => {
+            let pattern = json.size("sliding_window_pattern")?.or(json.size("_sliding_window_pattern")?);
+            let n = pattern.unwrap_or(n).max(1);
+            all(&|layer| !(layer + 1).is_multiple_of(n))
+        }
+        SlidingLayers::WithoutRope => all(&|layer| !has_rope(layer)),
+    })
 }
 
 /// The rotary embeddings, from `rope_theta` + `rope_scaling` or from the newer `rope_parameters`, which may hold one
