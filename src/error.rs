@@ -280,8 +280,8 @@ fn without_backtrace(text: &str) -> &str {
 }
 
 /// A message that a terminal shows as one line: backtraces are cut off, control characters escaped, and the middle of a
-/// very long text is left out.
-fn one_line(message: &str) -> String {
+/// very long text is left out. [`Error`]'s are such lines; those of candle and of other libraries are not.
+pub fn one_line(message: &str) -> String {
     const HEAD: usize = 1200;
     const TAIL: usize = 400;
     let message = without_backtrace(message).trim_end();
