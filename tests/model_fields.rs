@@ -294,6 +294,19 @@ fn numbers_that_are_not_finite_matter_where_they_are_used() {
 }
 
 #[test]
+fn a_tokenizer_config_may_hold_numbers_that_are_not_finite() {
+    let folder = tempfile::tempdir().unwrap();
+    let demo = Path::new(candle_pipeline::DEMO_MODEL);
+    std::fs::copy(demo.join("tokenizer.json"), folder.path().join("tokenizer.json")).unwrap();
+    let config = std::fs::read_to_string(demo.join("tokenizer_config.json")).unwrap();
+    let config = config.replacen('{', "{\"a\": NaN, \"model_max_length\": 1000000000000000019884624838656, ", 1);
+    std::fs::write(folder.path().join("tokenizer_config.json"), config).unwrap();
+    let [found, plain] = [folder.path(), demo].map(|dir| Tokenizer::from_hf_dir(dir).unwrap().unwrap());
+    assert_eq!((found.bos_token_id(), found.eos_token_id()), (plain.bos_token_id(), plain.eos_token_id()));
+    assert!(found.bos_token_id().is_some() && found.has_chat_template() == plain.has_chat_template());
+}
+
+#[test]
 fn token_ids_that_no_vocabulary_has_are_left_out() {
     let model = Model::of("llama");
     for (eos, expected) in
