@@ -1,6 +1,10 @@
 //! The one error type of the crate. Every variant names the thing that is wrong (file, tensor, option, value) and what
 //! to do about it, because the person who reads it can change those and nothing else.
+//!
+//! Names and values in an error often come from a file that nobody vouches for, and reasons from libraries below. `Display`
+//! is the one place where they become a message: a line without control characters, of bounded length.
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 
 /// Result with the crate's [`Error`].
@@ -13,7 +17,6 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[non_exhaustive]
 pub enum Error {
     /// A file of the model is missing, truncated or says something impossible.
-    #[error("{path}: {reason}", path = path.display())]
     File {
         /// The file.
         path: PathBuf,
@@ -22,7 +25,6 @@ pub enum Error {
     },
 
     /// A tensor is missing or does not have the shape or type that the config asks for.
-    #[error("{path}: tensor `{tensor}`: {reason}", path = path.display())]
     Tensor {
         /// The file that should hold the tensor.
         path: PathBuf,
@@ -33,7 +35,6 @@ pub enum Error {
     },
 
     /// The model uses something that this crate does not implement.
-    #[error("unsupported {what} `{value}`: {hint}")]
     Unsupported {
         /// The kind of thing: "architecture", "tensor type", "RoPE type", ...
         what: &'static str,
@@ -44,7 +45,6 @@ pub enum Error {
     },
 
     /// The device is not on this machine. There is no fallback: the caller asked for this one.
-    #[error("device `{device}` is not available: {reason}; present here: {present}")]
     DeviceUnavailable {
         /// The device as asked for.
         device: String,
@@ -55,7 +55,6 @@ pub enum Error {
     },
 
     /// An option has a value that makes no sense.
-    #[error("option `{option}`: {reason}")]
     InvalidOption {
         /// The option's name.
         option: &'static str,
@@ -64,17 +63,12 @@ pub enum Error {
     },
 
     /// The stages do not fit the devices' memory.
-    #[error("the model does not fit: {0}")]
     DoesNotFit(String),
 
     /// A prompt without a single token.
-    #[error(
-        "the prompt is empty: give at least one token (a tokenizer that adds a BOS token makes one from an empty text)"
-    )]
     EmptyPrompt,
 
     /// A prompt token is outside the vocabulary.
-    #[error("prompt token {token} at position {position} is outside the vocabulary of {vocab_size} tokens")]
     TokenOutOfRange {
         /// The token id.
         token: u32,
@@ -85,9 +79,6 @@ pub enum Error {
     },
 
     /// The prompt leaves no room for a generated token in the context.
-    #[error(
-        "the prompt has {prompt_tokens} tokens and the context holds {context_length}: shorten the prompt, or raise `context_length` if the model allows more"
-    )]
     PromptTooLong {
         /// Tokens in the prompt.
         prompt_tokens: usize,
@@ -96,9 +87,6 @@ pub enum Error {
     },
 
     /// The KV cache of this request can never fit beside the weights.
-    #[error(
-        "stage {stage} ({device}) would need {needed} bytes of KV cache for {tokens} tokens and has {available}: at most {tokens_that_fit} tokens fit; lower max_tokens, or give the stage fewer layers"
-    )]
     KvCacheTooSmall {
         /// Index of the stage.
         stage: usize,
@@ -115,9 +103,6 @@ pub enum Error {
     },
 
     /// More requests wait to be admitted than the executor was told to hold.
-    #[error(
-        "the executor is busy: {waiting} requests wait and `queue_limit` is {limit}; try again later, or raise the limit (None lets any number wait)"
-    )]
     Busy {
         /// Requests that wait.
         waiting: usize,
@@ -126,7 +111,6 @@ pub enum Error {
     },
 
     /// A stage returned an error for a step; the sequences in that step end with this.
-    #[error("stage {stage} ({device}) failed: {reason}")]
     StageFailed {
         /// Index of the stage.
         stage: usize,
@@ -137,7 +121,6 @@ pub enum Error {
     },
 
     /// A stage thread panicked. The executor is of no use any more; build a new one.
-    #[error("stage {stage} ({device}) panicked: {reason}; the executor has stopped, build a new one")]
     StagePanicked {
         /// Index of the stage.
         stage: usize,
@@ -148,26 +131,21 @@ pub enum Error {
     },
 
     /// The scheduler's thread panicked, in a collector or in the crate itself. Build a new executor.
-    #[error("the scheduler panicked: {reason}; the executor has stopped, build a new one")]
     SchedulerPanicked {
         /// The panic's message.
         reason: String,
     },
 
     /// The executor has been dropped or has stopped.
-    #[error("the executor has stopped: build a new one")]
     Stopped,
 
     /// Text could not become tokens, or tokens text.
-    #[error("tokenizer: {0}")]
     Tokenizer(String),
 
     /// The model's chat template is missing or does not render.
-    #[error("chat template: {0}")]
     ChatTemplate(String),
 
     /// A model could not be downloaded.
-    #[error("model `{model}` could not be downloaded: {reason}")]
     Download {
         /// The hub id.
         model: String,
@@ -176,13 +154,22 @@ pub enum Error {
     },
 
     /// A tensor operation failed.
-    #[error("tensor operation: {0}")]
     Tensors(String),
 }
 
 impl From<candle_core::Error> for Error {
     fn from(error: candle_core::Error) -> Self {
-        Error::Tensors(error.to_string())
+        Error::Tensors(library_reason(&error))
+    }
+}
+
+impl std::fmt::Display for Error {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            // The crate's own words and numbers, with a table.
+            Error::DoesNotFit(table) => write!(f, "the model does not fit: {table}"),
+            other => f.write_str(&one_line(&other.message())),
+        }
     }
 }
 
@@ -212,6 +199,54 @@ impl Error {
         }
     }
 
+    /// The message, with the texts of files and libraries in it as they are.
+    fn message(&self) -> String {
+        match self {
+            Error::File { path, reason } => format!("{}: {reason}", path.display()),
+            Error::Tensor { path, tensor, reason } => {
+                format!("{}: tensor `{}`: {reason}", path.display(), shorten(tensor))
+            }
+            Error::Unsupported { what, value, hint } => format!("unsupported {what} `{value}`: {hint}"),
+            Error::DeviceUnavailable { device, reason, present } => {
+                format!("device `{device}` is not available: {reason}; present here: {present}")
+            }
+            Error::InvalidOption { option, reason } => format!("option `{option}`: {reason}"),
+            Error::DoesNotFit(reason) => format!("the model does not fit: {reason}"),
+            Error::EmptyPrompt => {
+                "the prompt is empty: give at least one token (a tokenizer that adds a BOS token makes \
+                                   one from an empty text)"
+                    .to_string()
+            }
+            Error::TokenOutOfRange { token, position, vocab_size } => {
+                format!("prompt token {token} at position {position} is outside the vocabulary of {vocab_size} tokens")
+            }
+            Error::PromptTooLong { prompt_tokens, context_length } => format!(
+                "the prompt has {prompt_tokens} tokens and the context holds {context_length}: shorten the prompt, or \
+                 raise `context_length` if the model allows more"
+            ),
+            Error::KvCacheTooSmall { stage, device, tokens, needed, available, tokens_that_fit } => format!(
+                "stage {stage} ({device}) would need {needed} bytes of KV cache for {tokens} tokens and has \
+                 {available}: at most {tokens_that_fit} tokens fit; lower max_tokens, or give the stage fewer layers"
+            ),
+            Error::Busy { waiting, limit } => format!(
+                "the executor is busy: {waiting} requests wait and `queue_limit` is {limit}; try again later, or raise \
+                 the limit (None lets any number wait)"
+            ),
+            Error::StageFailed { stage, device, reason } => format!("stage {stage} ({device}) failed: {reason}"),
+            Error::StagePanicked { stage, device, reason } => {
+                format!("stage {stage} ({device}) panicked: {reason}; the executor has stopped, build a new one")
+            }
+            Error::SchedulerPanicked { reason } => {
+                format!("the scheduler panicked: {reason}; the executor has stopped, build a new one")
+            }
+            Error::Stopped => "the executor has stopped: build a new one".to_string(),
+            Error::Tokenizer(reason) => format!("tokenizer: {reason}"),
+            Error::ChatTemplate(reason) => format!("chat template: {reason}"),
+            Error::Download { model, reason } => format!("model `{model}` could not be downloaded: {reason}"),
+            Error::Tensors(reason) => format!("tensor operation: {reason}"),
+        }
+    }
+
     /// An [`Error::File`].
     pub(crate) fn file(path: impl Into<PathBuf>, reason: impl std::fmt::Display) -> Self {
         Error::File { path: path.into(), reason: reason.to_string() }
@@ -229,5 +264,110 @@ pub(crate) fn shorten(text: &str) -> String {
     match text.char_indices().nth(LONGEST) {
         Some((end, _)) => format!("{}...", &text[..end]),
         None => text.to_string(),
+    }
+}
+
+/// What a library says, as a single line. Candle's errors carry a backtrace where RUST_BACKTRACE is set.
+pub(crate) fn library_reason(error: &impl std::fmt::Display) -> String {
+    let text = error.to_string();
+    without_backtrace(&text).split('\n').map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(": ")
+}
+
+/// The text in front of the first backtrace in it.
+fn without_backtrace(text: &str) -> &str {
+    let starts = text.match_indices('\n').find(|(at, _)| text[at + 1..].trim_start_matches(' ').starts_with("0: "));
+    starts.map_or(text, |(at, _)| &text[..at])
+}
+
+/// A message that a terminal shows as one line: backtraces are cut off, control characters escaped, and the middle of a
+/// very long text is left out. [`Error`]'s are such lines; those of candle and of other libraries are not.
+pub fn one_line(message: &str) -> String {
+    const HEAD: usize = 1200;
+    const TAIL: usize = 400;
+    let message = without_backtrace(message).trim_end();
+    let count = message.chars().count();
+    let text = if count > HEAD + TAIL {
+        let at = |index: usize| message.char_indices().nth(index).map_or(message.len(), |(at, _)| at);
+        let (head, tail) = (&message[..at(HEAD)], &message[at(count - TAIL)..]);
+        Cow::from(format!("{head}[... {} characters ...]{tail}", count - HEAD - TAIL))
+    } else {
+        Cow::from(message)
+    };
+    let mut line = String::with_capacity(text.len());
+    for character in text.chars() {
+        match is_unprintable(character) {
+            true => line.extend(character.escape_default()),
+            false => line.push(character),
+        }
+    }
+    line
+}
+
+/// Whether a terminal acts on the character, or shows the text around it in another order.
+fn is_unprintable(character: char) -> bool {
+    character.is_control()
+        || matches!(character, '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(reason: &str) -> String {
+        Error::file("model.gguf", reason).to_string()
+    }
+
+    #[test]
+    fn control_characters_of_a_file_are_escaped() {
+        let name = "a\u{1b}[2J\u{9b}31m\nb\rc\td\u{7f}\u{202e}\0";
+        let escaped = "a\\u{1b}[2J\\u{9b}31m\\nb\\rc\\td\\u{7f}\\u{202e}\\u{0}";
+        let path = PathBuf::from(name);
+        for error in [
+            Error::file(&path, name),
+            Error::Tensor { path, tensor: name.into(), reason: name.into() },
+            Error::Unsupported { what: "architecture", value: name.into(), hint: name.into() },
+            Error::option("model", name),
+            Error::StageFailed { stage: 0, device: "cpu".into(), reason: name.into() },
+            Error::Tokenizer(name.into()),
+            Error::ChatTemplate(name.into()),
+            Error::Download { model: name.into(), reason: name.into() },
+            Error::Tensors(name.into()),
+        ] {
+            let message = error.to_string();
+            assert!(message.contains(escaped) && !message.chars().any(is_unprintable), "{message:?}");
+            // A message within a message stays as it is.
+            assert!(file(&message).ends_with(&message), "{message}");
+        }
+        assert_eq!(file("`ä` is no `模型` 🙂\u{301}"), "model.gguf: `ä` is no `模型` 🙂\u{301}");
+    }
+
+    #[test]
+    fn a_very_long_text_keeps_its_beginning_and_its_end() {
+        let message = file(&format!("`{}` is too long: what to do", "ä\u{1b}".repeat(100_000)));
+        assert!(message.starts_with("model.gguf: `ä\\u{1b}ä"), "{message}");
+        assert!(message.ends_with(" is too long: what to do") && message.contains("characters ...]"), "{message}");
+        assert!(message.len() < 12_000, "{}", message.len());
+        let tensor = "x".repeat(100_000);
+        let message = Error::Tensor { path: "a".into(), tensor, reason: "is missing".into() }.to_string();
+        assert!(message.len() < 200 && message.ends_with("is missing"), "{message}");
+    }
+
+    #[test]
+    fn a_table_of_what_does_not_fit_keeps_its_lines() {
+        assert_eq!(Error::DoesNotFit("a\nb".into()).to_string(), "the model does not fit: a\nb");
+    }
+
+    #[test]
+    fn backtraces_of_libraries_are_cut_off() {
+        let captured = || Box::new(std::backtrace::Backtrace::force_capture());
+        let inner = candle_core::Error::Msg("bad shape".into());
+        let inner = candle_core::Error::WithBacktrace { inner: Box::new(inner), backtrace: captured() };
+        let wrapped = inner.context("while loading");
+        let error = candle_core::Error::WithBacktrace { inner: Box::new(wrapped), backtrace: captured() };
+        let text = error.to_string();
+        assert!(text.lines().count() > 4, "{text}");
+        assert_eq!(library_reason(&error), "while loading: bad shape");
+        assert_eq!(file(&text), "model.gguf: while loading\\nbad shape");
+        assert_eq!(Error::from(error).to_string(), "tensor operation: while loading: bad shape");
     }
 }

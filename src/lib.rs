@@ -29,6 +29,7 @@
 //! The modules stand here in the order in which to read them; each uses only those above it.
 
 pub mod error;
+mod files;
 pub mod weights;
 pub mod kernels;
 pub mod instrument;

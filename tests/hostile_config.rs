@@ -11,18 +11,17 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use candle_core::quantized::gguf_file::{self, Value as Meta};
-use candle_core::quantized::{GgmlDType, QTensor};
-use candle_core::{DType, Device, Tensor};
+use candle_core::quantized::gguf_file::Value as Meta;
+use candle_core::{DType, Tensor};
 use candle_pipeline::{DeviceSpec, Error, HeterogeneousPipeline, Result};
+use common::models::{Model, gguf, vector};
 use proptest::prelude::*;
 use proptest::sample::select;
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
 struct Counting;
 
@@ -102,60 +101,6 @@ fn assert_refused(result: Result<()>, file: &Path, words: &[&str]) {
 
 // ---- config.json ----------------------------------------------------------------------------------------------------
 
-/// A copy of a fixture whose files can be made to lie.
-struct Model(TempDir);
-
-impl Model {
-    fn of(fixture: &str) -> Model {
-        let model = Model(tempfile::tempdir().unwrap());
-        for name in ["config.json", "generation_config.json", "model.safetensors"] {
-            std::fs::copy(common::fixture("families").join(fixture).join(name), model.path(name)).unwrap();
-        }
-        model
-    }
-
-    fn dir(&self) -> &Path {
-        self.0.path()
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn write(&self, name: &str, bytes: impl AsRef<[u8]>) {
-        std::fs::write(self.path(name), bytes).unwrap();
-    }
-
-    fn config(&self) -> Value {
-        serde_json::from_reader(File::open(self.path("config.json")).unwrap()).unwrap()
-    }
-
-    /// Writes the value into the config, or takes the field out.
-    fn set(&self, pointer: &str, value: Option<Value>) {
-        let mut config = self.config();
-        set(&mut config, pointer, value);
-        self.write("config.json", config.to_string());
-    }
-
-    /// Rewrites the tensors.
-    fn change(&self, change: impl FnOnce(&mut HashMap<String, Tensor>)) {
-        let path = self.path("model.safetensors");
-        let mut tensors = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
-        change(&mut tensors);
-        candle_core::safetensors::save(&tensors, path).unwrap();
-    }
-}
-
-/// Sets the field that a JSON pointer points to, or takes it out, where the object around it is there.
-fn set(config: &mut Value, pointer: &str, value: Option<Value>) {
-    let (parent, field) = pointer.rsplit_once('/').unwrap();
-    match (config.pointer_mut(parent), value) {
-        (Some(Value::Object(fields)), Some(value)) => drop(fields.insert(field.to_string(), value)),
-        (Some(Value::Object(fields)), None) => drop(fields.remove(field)),
-        _ => {}
-    }
-}
-
 /// Fixture, field, its values as JSON (nothing: the field is missing) and what else the message has to say. All
 /// messages name file and field.
 const LIES: &[(&str, &str, &[&str], &[&str])] = &[
@@ -190,7 +135,7 @@ const LIES: &[(&str, &str, &[&str], &[&str])] = &[
     ("llama", "/tie_word_embeddings", &["1", "\"no\""], &["expected true or false"]),
     ("llama", "/attention_bias", &["0"], &["expected true or false"]),
     ("llama", "/mlp_bias", &["[]"], &["expected true or false"]),
-    ("llama", "/eos_token_id", &["\"</s>\"", "-1", "4294967296", "[2, null]", "{}", "2.5"], &["expected a token id"]),
+    ("llama", "/eos_token_id", &["\"</s>\"", "[2, null]", "{}", "2.5", "true"], &["expected a token id"]),
     ("llama", "/quantization_config", &[r#"{"quant_method": "gptq"}"#], &["gptq", "GGUF"]),
     ("llama", "/quantization_config", &["{}", "4"], &["GGUF"]),
     ("llama", "/rope_parameters", &["\"yarn\"", "[]", "1"], &["expected an object"]),
@@ -353,7 +298,10 @@ fn generation_config_json_that_lies_is_refused_by_name() {
         ("", &["JSON"][..]),
         ("{\"eos_token_id\": 2", &["JSON"]),
         ("{\"eos_token_id\": \"</s>\"}", &["`eos_token_id`", "</s>", "expected a token id"]),
-        ("{\"eos_token_id\": [2, -1]}", &["`eos_token_id`", "-1", "expected a token id"]),
+        ("{\"eos_token_id\": [2, null]}", &["`eos_token_id`", "null", "expected a token id"]),
+        ("{\"eos_token_id\": [2, NaN]}", &["`eos_token_id`", "NaN", "expected a token id"]),
+        ("{\"suppress_tokens\": \"all\"}", &["`suppress_tokens`", "all", "expected a token id"]),
+        ("{\"bad_words_ids\": [5]}", &["`bad_words_ids`", "5", "a list of lists of token ids"]),
         ("{\"eos_token_id\": 1e10}", &["`eos_token_id`", "expected a token id"]),
     ] {
         let model = Model::of("llama");
@@ -427,31 +375,6 @@ fn tensors_that_do_not_fit_the_config_are_refused_by_their_names() {
 
 // ---- GGUF -----------------------------------------------------------------------------------------------------------
 
-/// A fixture's GGUF file with other metadata and tensors.
-fn gguf(
-    fixture: &str,
-    change: impl FnOnce(&mut HashMap<String, Meta>, &mut HashMap<String, QTensor>),
-) -> (TempDir, PathBuf) {
-    let mut file = File::open(common::fixture("families").join(fixture).join("model-f32.gguf")).unwrap();
-    let content = gguf_file::Content::read(&mut file).unwrap();
-    let names = content.tensor_infos.keys();
-    let mut tensors: HashMap<String, QTensor> =
-        names.map(|name| (name.clone(), content.tensor(&mut file, name, &Device::Cpu).unwrap())).collect();
-    let mut metadata = content.metadata;
-    change(&mut metadata, &mut tensors);
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("lying.gguf");
-    let metadata: Vec<(&str, &Meta)> = metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
-    let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
-    gguf_file::write(&mut File::create(&path).unwrap(), &metadata, &tensors).unwrap();
-    (folder, path)
-}
-
-/// A tensor of the given values.
-fn vector(values: &[f32]) -> QTensor {
-    QTensor::quantize(&Tensor::new(values, &Device::Cpu).unwrap(), GgmlDType::F32).unwrap()
-}
-
 #[test]
 fn every_lie_in_gguf_metadata_is_refused_by_file_and_key() {
     use Meta::{Array, F32, I32, String as Text, U32, U64};
@@ -474,7 +397,8 @@ fn every_lie_in_gguf_metadata_is_refused_by_file_and_key() {
         ("llama", "llama.attention.head_count", Some(U32(0)), &["is 0", "1..="]),
         ("llama", "llama.attention.head_count", Some(U32(3)), &["3", "multiple", "`llama.attention.head_count_kv`"]),
         ("llama", "llama.attention.head_count_kv", Some(U32(0)), &["is 0", "1..="]),
-        ("llama", "llama.attention.head_count_kv", Some(Array(vec![U32(2); 3])), &["array of 3"]),
+        ("llama", "llama.attention.head_count_kv", Some(Array(vec![U32(2); 4])), &["array of 4 numbers for 3 layers"]),
+        ("llama", "llama.attention.head_count_kv", Some(Array(vec![U32(2), U32(2), U32(1)])), &["[2, 2, 1]", "differ"]),
         ("llama", "llama.feed_forward_length", absent(), &["missing"]),
         ("llama", "llama.feed_forward_length", Some(U32(0)), &["is 0", "1..="]),
         ("llama", "llama.context_length", Some(U32(0)), &["is 0"]),

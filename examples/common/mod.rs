@@ -13,6 +13,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use candle_pipeline::error::one_line;
 use candle_pipeline::weights::WeightType;
 use candle_pipeline::{
     ChatMessage, DEMO_MODEL, DeviceSpec, ExecutorOptions, GenerationOptions, HeterogeneousPipeline,
@@ -358,7 +359,10 @@ pub fn exit(result: Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            let text = format!("{error:#}");
+            // The library's own may show a table; candle's would show a backtrace.
+            let is_own = error.downcast_ref::<candle_pipeline::Error>().is_some();
+            eprintln!("error: {}", if is_own { text } else { one_line(&text) });
             ExitCode::FAILURE
         }
     }

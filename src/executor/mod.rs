@@ -676,6 +676,7 @@ fn limits(pipeline: &HeterogeneousPipeline, options: &ExecutorOptions) -> Result
         prefix_cache: options.prefix_cache,
         share_generated: pipeline.decodes_like_prompts()?,
         eos_token_ids: config.eos_token_ids.clone(),
+        suppressed: Arc::new(config.suppressed.clone()),
         recompute_at: match scaling {
             RopeScaling::LongRope { original_max_position_embeddings, .. } => {
                 Some(original_max_position_embeddings + 1)

@@ -68,6 +68,8 @@ pub struct Family {
     pub name: &'static str,
     /// `model_type` values of config.json.
     pub model_types: &'static [&'static str],
+    /// Those of `model_types` whose language model is described in an object of its own, `text_config`.
+    pub wrappers: &'static [&'static str],
     /// `general.architecture` values of GGUF.
     pub gguf: &'static [&'static str],
     /// Norms and what their modules are called in safetensors; a norm that is `None` does not exist.
@@ -78,6 +80,10 @@ pub struct Family {
     pub qk_norm: QkNorm,
     /// Whether q, k and v always have a bias.
     pub qkv_bias: bool,
+    /// Whether `attention_bias` counts; the others' code ignores it.
+    pub attention_bias: bool,
+    /// Whether `mlp_bias` counts; the others' code ignores it.
+    pub mlp_bias: bool,
     /// Activation when config.json names none, and always in GGUF, which names none.
     pub activation: Activation,
     /// Whether embeddings are multiplied by `sqrt(hidden_size)`.
@@ -149,11 +155,14 @@ const POST_NORMS: HfNames = HfNames {
 const LLAMA: Family = Family {
     name: "Llama",
     model_types: &["llama"],
+    wrappers: &[],
     gguf: &["llama"],
     names: PRE_NORMS,
     norm_offset: 0.0,
     qk_norm: QkNorm::None,
     qkv_bias: false,
+    attention_bias: true,
+    mlp_bias: true,
     activation: Activation::Silu,
     embedding_sqrt_hidden: false,
     attention_scale: AttentionScale::HeadDim,
@@ -182,6 +191,8 @@ const QWEN2: Family = Family {
     model_types: &["qwen2"],
     gguf: &["qwen2"],
     qkv_bias: true,
+    attention_bias: false,
+    mlp_bias: false,
     gguf_interleaved_rope: false,
     sliding: SlidingLayers::FromMaxWindowLayers,
     num_key_value_heads: Some(32),
@@ -197,6 +208,7 @@ const GEMMA: Family = Family {
     model_types: &["gemma"],
     gguf: &["gemma"],
     norm_offset: 1.0,
+    mlp_bias: false,
     activation: Activation::GeluTanh,
     embedding_sqrt_hidden: true,
     gguf_interleaved_rope: false,
@@ -215,6 +227,8 @@ pub const FAMILIES: &[Family] = &[
         name: "Mistral",
         model_types: &["mistral"],
         gguf: &["mistral"],
+        attention_bias: false,
+        mlp_bias: false,
         sliding: SlidingLayers::All,
         num_key_value_heads: Some(8),
         max_position_embeddings: 131_072,
@@ -228,6 +242,7 @@ pub const FAMILIES: &[Family] = &[
         gguf: &["qwen3"],
         qk_norm: QkNorm::PerHead,
         qkv_bias: false,
+        attention_bias: true,
         head_dim: Some(128),
         ..QWEN2
     },
@@ -235,6 +250,8 @@ pub const FAMILIES: &[Family] = &[
         name: "Phi-3",
         model_types: &["phi3"],
         gguf: &["phi3"],
+        attention_bias: false,
+        mlp_bias: false,
         gguf_interleaved_rope: false,
         sliding: SlidingLayers::All,
         partial_rotary: true,
@@ -261,6 +278,7 @@ pub const FAMILIES: &[Family] = &[
     Family {
         name: "Gemma 3",
         model_types: &["gemma3_text", "gemma3"],
+        wrappers: &["gemma3"],
         gguf: &["gemma3"],
         names: FOUR_NORMS,
         qk_norm: QkNorm::PerHead,
@@ -293,6 +311,7 @@ pub const FAMILIES: &[Family] = &[
         model_types: &["olmo2"],
         gguf: &["olmo2"],
         names: POST_NORMS,
+        mlp_bias: false,
         qk_norm: QkNorm::WholeProjection,
         gguf_interleaved_rope: false,
         rms_norm_eps: 1e-5,

@@ -30,6 +30,25 @@ impl Ropes {
         Ropes { global: cache(&config.rope), local: config.local_rope.as_ref().map(cache) }
     }
 
+    /// Bytes of all tables on a device once a sequence has come to `context` positions.
+    pub fn most_bytes(config: &DecoderConfig, context: usize) -> u64 {
+        let bytes = |rope: &RopeConfig| {
+            let (positions, sets) = match rope.scaling {
+                // Longer sequences have rotations of their own, which are not kept.
+                RopeScaling::Dynamic { original_max_position_embeddings, .. } => {
+                    (context.min(original_max_position_embeddings), 1)
+                }
+                RopeScaling::LongRope { .. } => (context, 2),
+                _ => (context, 1),
+            };
+            // Each table is twice as long as the one before, so all together are less than twice the longest.
+            let blocks = positions.div_ceil(FIRST_POSITIONS).checked_next_power_of_two().unwrap_or(usize::MAX);
+            let positions = (blocks as u64).saturating_mul(2 * FIRST_POSITIONS as u64);
+            positions.saturating_mul((sets * rope.rotary_dim * size_of::<f32>()) as u64)
+        };
+        std::iter::once(&config.rope).chain(&config.local_rope).fold(0, |all, rope| bytes(rope).saturating_add(all))
+    }
+
     /// Keeps nothing: every layer of every step computes what it needs. The values are the same; it shows what the tables
     /// gain.
     pub fn afresh(config: &DecoderConfig, device: &Device) -> Self {

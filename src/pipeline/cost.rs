@@ -22,6 +22,7 @@ use super::transfer::{Link, LinkOptions, WireType};
 use crate::backend::{MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource, Wanted};
 use crate::device::{DeviceSpec, OpenDevice, hardware_name};
 use crate::error::{Error, Result};
+use crate::files;
 use crate::instrument::Watch;
 use crate::kernels::kv::KvType;
 use crate::model::config::DecoderConfig;
@@ -645,6 +646,9 @@ struct CostFile {
     links: BTreeMap<String, LinkCost>,
 }
 
+/// Far above what the costs of many machines take.
+const MAX_COST_BYTES: u64 = 64 << 20;
+
 impl CostCache {
     /// Reads the costs at `path`; without one, costs live as long as the cache. With `remeasure`, what is asked for is
     /// measured again and replaces what the file has. A file that cannot be used is told of in a warning and replaced.
@@ -653,15 +657,14 @@ impl CostCache {
             let unusable = |reason: String| {
                 tracing::warn!("{}: {reason}; costs are measured and the file is replaced", path.display());
             };
-            let text = match std::fs::read_to_string(path) {
-                Ok(text) => text,
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
+            let bytes = match files::read_if_there(path, MAX_COST_BYTES) {
+                Ok(bytes) => bytes?,
                 Err(error) => {
-                    unusable(format!("cannot be read: {error}"));
+                    tracing::warn!("{error}; costs are measured and the file is replaced");
                     return None;
                 }
             };
-            match serde_json::from_str::<CostFile>(&text) {
+            match serde_json::from_slice::<CostFile>(&bytes) {
                 Ok(file) if file.version != env!("CARGO_PKG_VERSION") => {
                     unusable(format!("is of version {}, this is {}", file.version, env!("CARGO_PKG_VERSION")));
                     None

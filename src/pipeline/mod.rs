@@ -384,14 +384,25 @@ impl HeterogeneousPipeline {
         Ok(stages)
     }
 
+    /// Every stage must have room for KV beside its weights: for a sequence of the whole context where the caller gave one,
+    /// for a single position otherwise, since requests are admitted by the KV that they need. `kv_positions` may be the
+    /// smaller limit.
     fn check_fit(&self) -> Result<()> {
-        let fits = |stage: &StagePlan| stage.kv_budget >= stage.kv_bytes_per_token;
-        let Some(stage) = self.stages.iter().position(|stage| !fits(stage)) else { return Ok(()) };
-        // A request is admitted by the KV that it needs, so the least that must fit is one position.
-        let problem = self.problem(Workload { context: 1, sequences: 1 })?;
+        let context = self.options.context_length.unwrap_or(1);
+        let most = self.options.kv_positions.unwrap_or(u64::MAX).max(1);
+        let positions = (context as u64).min(most);
+        let room = |stage: &StagePlan| stage.kv_budget / stage.kv_bytes_per_token.max(1);
+        let Some(stage) = self.stages.iter().position(|stage| room(stage) < positions) else { return Ok(()) };
+        let problem = self.problem(Workload { context: positions as usize, sequences: 1 })?;
         let fits: Vec<_> = problem.any_cut().into_iter().chain(problem.nearest_fits()).collect();
         let advice = plan::in_words(&fits);
-        Err(Error::DoesNotFit(format!("stage {stage} has no room for KV beside its weights; {advice}\n{self}")))
+        let reason = match room(&self.stages[stage]) {
+            0 => "has no room for KV beside its weights".to_string(),
+            room => {
+                format!("has room for KV of {room} positions beside its weights, and `context_length` is {context}")
+            }
+        };
+        Err(Error::DoesNotFit(format!("stage {stage} {reason}; {advice}\n{self}")))
     }
 
     /// The stages, in the order in which tokens pass them.
@@ -476,7 +487,7 @@ fn usable(free: u64) -> u64 {
 }
 
 /// About what a stage needs beside weights and KV, in its widest moment: residual, normed and projected rows, the MLP's
-/// three, and attention scores, of which the decoder holds a few at a time.
+/// three, attention scores, of which the decoder holds a few at a time, and rotary tables.
 fn working_bytes(config: &DecoderConfig, workload: Workload, device: DeviceSpec, element: usize) -> u64 {
     let attention = config.num_attention_heads * config.head_dim;
     let row = 6 * config.hidden_size + 3 * attention + 3 * config.intermediate_size;
@@ -485,7 +496,8 @@ fn working_bytes(config: &DecoderConfig, workload: Workload, device: DeviceSpec,
         DeviceSpec::Cpu { .. } => 3 * (8 << 20),
         DeviceSpec::Cuda(_) | DeviceSpec::Metal(_) => 3 * (128 << 20),
     };
-    (row as u64).saturating_mul(rows as u64).saturating_mul(element as u64).saturating_add(scores)
+    let rows = (row as u64).saturating_mul(rows as u64).saturating_mul(element as u64);
+    rows.saturating_add(scores).saturating_add(Ropes::most_bytes(config, workload.context))
 }
 
 /// Opens a model's headers.

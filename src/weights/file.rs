@@ -14,6 +14,7 @@ use std::time::SystemTime;
 use memmap2::Mmap;
 
 use crate::error::{Error, Result};
+use crate::files::open_regular;
 
 /// A regular file that is open for reading.
 #[derive(Debug)]
@@ -40,17 +41,12 @@ impl Identity {
 impl ModelFile {
     /// Opens a regular, non-empty file.
     pub(super) fn open(path: &Path) -> Result<ModelFile> {
-        let unreadable = |error: std::io::Error| Error::file(path, format!("cannot be read: {error}"));
-        // Checked before opening, since opening a named pipe would wait for its writer.
-        let metadata = std::fs::metadata(path).map_err(unreadable)?;
-        if !metadata.is_file() {
-            return Err(Error::file(path, "is not a regular file"));
-        }
-        if metadata.len() == 0 {
+        let file = open_regular(path)?;
+        let metadata = file.metadata().map_err(|error| Error::file(path, format!("cannot be read: {error}")))?;
+        let opened = Identity::of(&metadata);
+        if opened.len == 0 {
             return Err(Error::file(path, "the file is empty: the download has failed or is not complete"));
         }
-        let file = File::open(path).map_err(unreadable)?;
-        let opened = Identity::of(&file.metadata().map_err(unreadable)?);
         if usize::try_from(opened.len).is_err() {
             return Err(Error::file(path, format!("has {} bytes, more than this machine can address", opened.len)));
         }

@@ -10,7 +10,7 @@ use std::path::Path;
 use super::file::{ModelFile, TensorBytes};
 use super::names::NameMap;
 use super::{MappedTensor, StoredTensor, TensorMeta, WeightSource, WeightType};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shorten};
 
 /// Where tensor data starts and every tensor in it, unless `general.alignment` says otherwise.
 const DEFAULT_ALIGNMENT: u64 = 32;
@@ -152,6 +152,44 @@ impl GgufFile {
         self.array(key, "UTF-8 strings", Scalar::as_str)
     }
 
+    /// Whether the file has the key, of whatever type.
+    pub fn contains(&self, key: &str) -> bool {
+        self.metadata.contains_key(key)
+    }
+
+    /// Whether the key holds an array.
+    pub fn is_array(&self, key: &str) -> bool {
+        self.metadata.get(key).is_some_and(|value| value.count.is_some())
+    }
+
+    /// Numbers and booleans (0 and 1): those of an array, or a single one. `None` where the key is absent or holds
+    /// something else.
+    pub fn numbers(&self, key: &str) -> Option<Vec<f64>> {
+        let value = self.metadata.get(key)?;
+        let number =
+            |found: Scalar<'_>| found.as_f64().or_else(|| found.as_bool().map(|flag| f64::from(u8::from(flag))));
+        self.scalars(key, value).map(|found| number(found.ok()?)).collect()
+    }
+
+    /// The beginning of the key's value, for error messages.
+    pub fn shown(&self, key: &str) -> String {
+        const MOST: usize = 8;
+        let Some(value) = self.metadata.get(key) else { return "nothing".to_string() };
+        let shown = |found: Result<Scalar<'_>>| found.map_or_else(|_| "?".to_string(), Scalar::shown);
+        let mut texts: Vec<String> = self.scalars(key, value).take(MOST).map(shown).collect();
+        match value.count {
+            None => texts.remove(0),
+            Some(count) if count > MOST => format!("[{}, ...]", texts.join(", ")),
+            Some(_) => format!("[{}]", texts.join(", ")),
+        }
+    }
+
+    /// The elements of an array, or a single value.
+    fn scalars<'a>(&'a self, key: &'a str, value: &Value) -> impl Iterator<Item = Result<Scalar<'a>>> {
+        let (kind, mut reader) = (value.kind, self.reader_at(value.at));
+        (0..value.count.unwrap_or(1)).map(move |_| reader.scalar(kind, format_args!("metadata `{key}`")))
+    }
+
     fn scalar<'a, T>(&'a self, key: &str, wanted: &str, as_wanted: fn(Scalar<'a>) -> Option<T>) -> Result<Option<T>> {
         let Some(value) = self.metadata.get(key) else { return Ok(None) };
         if value.count.is_some() {
@@ -190,7 +228,7 @@ impl GgufFile {
     }
 
     fn wrong_type(&self, key: &str, wanted: impl fmt::Display, found: impl fmt::Display) -> Error {
-        Error::file(self.path(), format!("metadata key `{key}` has to be {wanted}, and is {found}"))
+        Error::file(self.path(), format!("metadata key `{}` has to be {wanted}, and is {found}", shorten(key)))
     }
 
     fn refuse_split(&self) -> Result<()> {
@@ -204,8 +242,9 @@ impl GgufFile {
         }
     }
 
-    /// Turns the tensors' ranges from ones within the data section into ones within the file, and checks that they
-    /// are in it and apart from one another.
+    /// Turns the tensors' ranges from ones within the data section into ones within the file. Tensors lie in it in the
+    /// order of their entries, each at the first multiple of the alignment behind the one before: an offset that says
+    /// something else shows that a type or a shape is wrong.
     fn place(&self, tensors: &mut [TensorInfo]) -> Result<()> {
         let alignment = self.get_u64("general.alignment")?.unwrap_or(DEFAULT_ALIGNMENT);
         let Some(alignment) = usize::try_from(alignment).ok().filter(|alignment| alignment.is_power_of_two()) else {
@@ -214,26 +253,32 @@ impl GgufFile {
         };
         let size = self.file.len();
         let start = self.header.len().checked_next_multiple_of(alignment).unwrap_or(size).min(size);
-        tensors.sort_by_key(|tensor| tensor.range.start);
-        let mut before: Option<&TensorInfo> = None;
+        let mut expected = Some(0);
         for tensor in tensors {
             let Range { start: from, end: to } = tensor.range;
-            let reason = if !from.is_multiple_of(alignment) {
-                format!("offset {from} is not a multiple of the alignment {alignment}")
+            let reason = if expected != Some(from) {
+                format!(
+                    "its data is at offset {from}, and behind the tensors before it, aligned to {alignment}, it would be \
+                     at {}: the header is damaged, perhaps the type or shape of a tensor",
+                    expected.map_or("the end of all files".to_string(), |expected| expected.to_string())
+                )
             } else if to > size - start {
                 format!(
                     "its data (offset {from}, {} bytes) reaches beyond the end of the file of {size} bytes, whose data \
                      starts at {start}: the download is not complete or the header is damaged",
                     to - from
                 )
-            } else if let Some(before) = before.filter(|before| before.range.end > start + from) {
-                format!("its data overlaps that of tensor `{}`: the header is damaged", before.name)
             } else {
                 tensor.range = start + from..start + to;
-                before = Some(tensor);
+                expected = to.checked_next_multiple_of(alignment);
                 continue;
             };
             return Err(Error::Tensor { path: self.path().into(), tensor: tensor.name.clone(), reason });
+        }
+        // llama.cpp allows this, so it is no reason to refuse the file; a wrong type of the last tensor looks like this too.
+        let behind = expected.map_or(0, |end| (size - start).saturating_sub(end));
+        if behind > 0 {
+            tracing::warn!("{}: {behind} bytes behind the last tensor belong to none", self.path().display());
         }
         Ok(())
     }
@@ -323,10 +368,11 @@ fn weight_type(type_id: u32) -> Option<WeightType> {
 
 fn unsupported_type(path: &Path, tensor: &str, type_id: u32) -> Error {
     let name = ggml_type_name(type_id).unwrap_or("unknown");
+    let supported = WeightType::ALL.map(WeightType::name).join(", ");
     Error::Unsupported {
         what: "tensor type",
-        value: format!("{name} (id {type_id}) of tensor `{tensor}` in {}", path.display()),
-        hint: format!("supported are {}", WeightType::ALL.map(WeightType::name).join(", ")),
+        value: format!("{name} (id {type_id}) of tensor `{}` in {}", shorten(tensor), path.display()),
+        hint: format!("supported are {supported}: convert the original model again to one of them"),
     }
 }
 
@@ -425,11 +471,17 @@ impl<'a> Scalar<'a> {
     }
 
     fn describe(self, kind: Kind) -> String {
+        format!("{kind:?} {}", self.shown())
+    }
+
+    fn shown(self) -> String {
         match self {
-            Scalar::Int(value) => format!("{kind:?} {value}"),
-            Scalar::Float(value) => format!("{kind:?} {value}"),
-            Scalar::Bool(value) => format!("{kind:?} {value}"),
-            Scalar::Str(bytes) => format!("{kind:?} \"{}\"", bytes[..bytes.len().min(40)].escape_ascii()),
+            Scalar::Int(value) => value.to_string(),
+            // As short as it can be written in the type that it was stored in.
+            Scalar::Float(value) if f64::from(value as f32) == value => (value as f32).to_string(),
+            Scalar::Float(value) => value.to_string(),
+            Scalar::Bool(value) => value.to_string(),
+            Scalar::Str(bytes) => format!("\"{}\"", bytes[..bytes.len().min(40)].escape_ascii()),
         }
     }
 }
@@ -468,7 +520,7 @@ fn read_metadata(reader: &mut Reader<'_>, count: u64) -> Result<BTreeMap<String,
         let key = reader.name(format_args!("metadata key {index} of {count}"))?;
         let value = reader.value(&key)?;
         if metadata.contains_key(&key) {
-            return Err(Error::file(reader.path, format!("metadata key `{key}` appears twice")));
+            return Err(Error::file(reader.path, format!("metadata key `{}` appears twice", shorten(&key))));
         }
         metadata.insert(key, value);
     }
@@ -487,7 +539,8 @@ fn read_tensors(reader: &mut Reader<'_>, count: u64) -> Result<Vec<TensorInfo>> 
         if !names.insert(name.clone()) {
             return refused("appears twice".to_string());
         }
-        let what = format_args!("the entry of tensor `{name}`");
+        let shown = shorten(&name);
+        let what = format_args!("the entry of tensor `{shown}`");
         let dimensions = reader.u32(what)?;
         if !(1..=MAX_DIMENSIONS).contains(&dimensions) {
             return refused(format!("has {dimensions} dimensions; 1 to {MAX_DIMENSIONS} are possible"));
@@ -584,6 +637,7 @@ impl<'a> Reader<'a> {
 
     /// Walks over a metadata value and keeps where it is.
     fn value(&mut self, key: &str) -> Result<Value> {
+        let key = shorten(key);
         let what = format_args!("metadata `{key}`");
         let kind = self.kind(what)?;
         if kind != Kind::Array {

@@ -3,8 +3,9 @@
 
 use std::path::{Path, PathBuf};
 
-use super::safetensors::file_names;
+use super::safetensors::{ADAPTER, file_names, is_adapter};
 use crate::error::{Error, Result};
+use crate::files;
 
 /// A model's files on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,6 +66,7 @@ fn in_folder(dir: &Path) -> Result<ModelFiles> {
     }
     match gguf[..] {
         [only] => Ok(ModelFiles::Gguf { file: dir.join(only) }),
+        [] if files.iter().any(|name| is_adapter(name)) => Err(Error::file(dir, ADAPTER)),
         [] => Err(Error::file(dir, "is not a model folder: it has neither config.json nor a .gguf file")),
         ref several => {
             Err(Error::file(dir, format!("has several GGUF files, give the path of one: {}", list(several))))
@@ -76,6 +78,9 @@ fn from_file(path: &Path) -> Result<ModelFiles> {
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or("");
     if name.ends_with(".gguf") || starts_with_gguf(path) {
         return Ok(ModelFiles::Gguf { file: path.to_path_buf() });
+    }
+    if is_adapter(name) {
+        return Err(Error::file(path, ADAPTER));
     }
     if name == "config.json" || name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json") {
         let dir = match path.parent() {
@@ -94,10 +99,7 @@ fn from_file(path: &Path) -> Result<ModelFiles> {
 fn starts_with_gguf(path: &Path) -> bool {
     use std::io::Read;
     let mut magic = [0; 4];
-    let is_regular = std::fs::metadata(path).is_ok_and(|metadata| metadata.is_file());
-    is_regular
-        && std::fs::File::open(path).and_then(|mut file| file.read_exact(&mut magic)).is_ok()
-        && &magic == b"GGUF"
+    files::open_regular(path).is_ok_and(|mut file| file.read_exact(&mut magic).is_ok()) && &magic == b"GGUF"
 }
 
 fn list<T: AsRef<str>>(names: &[T]) -> String {
@@ -166,7 +168,7 @@ mod online {
     use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
     use hf_hub::{Cache, CacheRepo, Repo, RepoType};
 
-    use super::super::safetensors::{INDEX_FILE, Layout, SINGLE_FILE, file_names, read_index};
+    use super::super::safetensors::{ADAPTER, INDEX_FILE, Layout, SINGLE_FILE, file_names, is_adapter, read_index};
     use super::{HubId, ModelFiles, is_plain, list};
     use crate::error::{Error, Result};
 
@@ -238,6 +240,9 @@ mod online {
                 (Some(_), _) => Err(failed(self.id, format!("the repository has other files: {}", list(&gguf)))),
                 (None, _) if is_folder => self.folder(&weights),
                 (None, [only]) => Ok(ModelFiles::Gguf { file: self.get(only)? }),
+                (None, []) if self.files.iter().any(|name| is_adapter(name)) => {
+                    Err(failed(self.id, format!("the repository {ADAPTER}")))
+                }
                 (None, []) => Err(failed(
                     self.id,
                     "the repository has neither config.json with safetensors nor a GGUF file: take one that does, or \
@@ -292,7 +297,7 @@ mod online {
 
     /// Weights under Hugging Face names; `consolidated` ones are the same under their maker's.
     fn is_weights(name: &str) -> bool {
-        name.ends_with(".safetensors") && !name.starts_with("consolidated")
+        name.ends_with(".safetensors") && !name.starts_with("consolidated") && !is_adapter(name)
     }
 
     fn failed(id: &HubId<'_>, reason: impl std::fmt::Display) -> Error {

@@ -13,7 +13,8 @@ use serde::de::IgnoredAny;
 use super::file::{ModelFile, TensorBytes};
 use super::names::NameMap;
 use super::{MappedTensor, StoredTensor, TensorMeta, WeightSource, WeightType};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, shorten};
+use crate::files;
 
 /// The file of a model that is not sharded.
 pub(super) const SINGLE_FILE: &str = "model.safetensors";
@@ -71,15 +72,14 @@ impl SafetensorsDir {
                 path
             }
             Layout::Sharded { index, weight_map } => {
+                // The index says which files there are. Names in it that no file holds matter when they are asked for;
+                // of a name that several hold, the listed file's counts.
                 for file in weight_map.values().collect::<BTreeSet<_>>() {
-                    let (shard, mut entries) = open_shard(&dir.join(file))?;
-                    for (name, _) in weight_map.iter().filter(|(_, listed)| *listed == file) {
-                        let entry = entries.remove(name).ok_or_else(|| Error::Tensor {
-                            path: shard.path().into(),
-                            tensor: name.clone(),
-                            reason: format!("is not in this file, where {INDEX_FILE} says that it is"),
-                        })?;
-                        tensors.insert(name.clone(), entry.locate(shards.len()));
+                    let (shard, entries) = open_shard(&dir.join(file))?;
+                    for (name, entry) in entries {
+                        if weight_map.get(&name) == Some(file) || !tensors.contains_key(&name) {
+                            tensors.insert(name, entry.locate(shards.len()));
+                        }
                     }
                     shards.push(shard);
                 }
@@ -99,12 +99,27 @@ impl SafetensorsDir {
     fn meta_of(&self, name: &str, located: &Located) -> Result<TensorMeta> {
         let dtype = weight_type(&located.dtype).ok_or_else(|| Error::Unsupported {
             what: "tensor type",
-            value: format!("{} of tensor `{name}` in {}", located.dtype, self.shards[located.shard].path().display()),
-            hint:
-                "supported in safetensors are F32, F16 and BF16; take the model that is not quantised, or a GGUF file"
-                    .to_string(),
+            value: format!(
+                "{} of tensor `{}` in {}",
+                shorten(&located.dtype),
+                shorten(name),
+                self.shards[located.shard].path().display()
+            ),
+            hint: format!("supported in safetensors are F32, F16 and BF16; {}", instead_of(&located.dtype)),
         })?;
         Ok(TensorMeta { dtype, shape: located.shape.clone() })
+    }
+}
+
+/// What to do about a model in a type that is not supported.
+fn instead_of(dtype: &str) -> &'static str {
+    match dtype {
+        "F64" | "C64" => {
+            "convert the model (in Python: `AutoModelForCausalLM.from_pretrained(folder, \
+             dtype=\"bfloat16\").save_pretrained(new_folder)`)"
+        }
+        // Integers and small floats hold the weights of quantised models.
+        _ => "take the model that is not quantised, or a GGUF file",
     }
 }
 
@@ -161,8 +176,10 @@ impl Layout {
             return Ok(Layout::Sharded { index, weight_map });
         }
         let files = file_names(dir)?;
-        let safetensors: Vec<&String> = files.iter().filter(|name| name.ends_with(".safetensors")).collect();
+        let safetensors: Vec<&String> =
+            files.iter().filter(|name| name.ends_with(".safetensors") && !is_adapter(name)).collect();
         match safetensors[..] {
+            [] if files.iter().any(|name| is_adapter(name)) => Err(Error::file(dir, ADAPTER)),
             [only] => Ok(Layout::Single(dir.join(only))),
             [] if files
                 .iter()
@@ -193,6 +210,16 @@ impl Layout {
     }
 }
 
+/// Whether a file belongs to an adapter of the PEFT library.
+pub(super) fn is_adapter(name: &str) -> bool {
+    name == "adapter_config.json" || name.starts_with("adapter_model")
+}
+
+/// What a folder with such files is.
+pub(super) const ADAPTER: &str = "holds an adapter, which changes a model and is none: merge it into its base model (in \
+                                  Python: `AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()\
+                                  .save_pretrained(new_folder)`) and give the new folder";
+
 /// Names of the files in a folder, sorted. Names that are not UTF-8 are none that matter here.
 pub(super) fn file_names(dir: &Path) -> Result<Vec<String>> {
     let unreadable = |error: std::io::Error| Error::file(dir, format!("cannot be read: {error}"));
@@ -214,13 +241,9 @@ struct Index {
 /// Reads the index: which shard holds which tensor. A shard is a plain file name, so that no index reaches out of its
 /// folder.
 pub(super) fn read_index(path: &Path) -> Result<BTreeMap<String, String>> {
-    let file = ModelFile::open(path)?;
-    if file.len() > MAX_HEADER_BYTES {
-        return Err(Error::file(path, format!("has {} bytes, which is too large for an index", file.len())));
-    }
-    let bytes = file.start(file.len())?;
+    let json = files::parse_json(path, &files::read_bounded(path, MAX_HEADER_BYTES as u64)?)?;
     let index: Index =
-        serde_json::from_slice(&bytes).map_err(|error| Error::file(path, format!("is not a weight index: {error}")))?;
+        serde_json::from_value(json).map_err(|error| Error::file(path, format!("is not a weight index: {error}")))?;
     if index.weight_map.is_empty() {
         return Err(Error::file(path, "`weight_map` is empty"));
     }

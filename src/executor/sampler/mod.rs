@@ -1,6 +1,7 @@
 //! From the logits of one position to one token.
 //!
-//! The order is that of the logits processors of transformers: penalties, temperature, top-k, top-p, min-p, one draw.
+//! The order is that of the logits processors of transformers: penalties, tokens that the model's files rule out,
+//! temperature, top-k, top-p, min-p, one draw.
 //! Every filter keeps a prefix of the tokens sorted by likelihood, so the three together keep the shortest of the three
 //! prefixes. The vocabulary is never sorted for it, only what top-k leaves.
 //!
@@ -10,6 +11,7 @@
 //! specified.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
@@ -17,6 +19,7 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use crate::error::{Error, Result};
 use crate::executor::options::{GenerationOptions, TokenLogprob};
 use crate::kernels::simd::{Isa, Ordinary};
+use crate::model::config::SuppressedTokens;
 
 /// Logits in one step of a vectorised loop; also the number of partial results it keeps.
 const LANES: usize = 16;
@@ -41,13 +44,18 @@ pub struct Sampler {
     top_k: usize,
     top_p: f32,
     min_p: f32,
-    /// `None` when all three are off: then the logits are used where they are.
+    /// `None` when all three are off.
     penalties: Option<Penalties>,
+    /// Tokens that are never chosen, and those that are not as the next one. Where there are none and no penalties either,
+    /// the logits are used where they are.
+    suppressed: Arc<SuppressedTokens>,
+    /// Whether a token was chosen.
+    started: bool,
     /// How many of the most likely tokens to report beside the chosen one.
     logprobs: Option<usize>,
     random: ChaCha8Rng,
     // Buffers that one step leaves to the next.
-    penalised: Vec<f32>,
+    changed: Vec<f32>,
     best: Vec<u64>,
     weights: Vec<f32>,
     block_sums: Vec<f64>,
@@ -65,13 +73,26 @@ impl Sampler {
             top_p: options.top_p,
             min_p: options.min_p,
             penalties: Penalties::new(options, prompt),
+            suppressed: Arc::default(),
+            started: false,
             logprobs: options.logprobs,
             random: ChaCha8Rng::from_seed(key),
-            penalised: Vec::new(),
+            changed: Vec::new(),
             best: Vec::new(),
             weights: Vec::new(),
             block_sums: Vec::new(),
         }
+    }
+
+    /// The same sampler, which never chooses these tokens.
+    pub fn suppressing(self, suppressed: Arc<SuppressedTokens>) -> Self {
+        Self { suppressed, ..self }
+    }
+
+    /// Tokens that the next choice leaves out.
+    fn suppressed_now(&self) -> impl Iterator<Item = u32> {
+        let at_first = if self.started { &[][..] } else { &self.suppressed.at_first };
+        self.suppressed.always.iter().chain(at_first).copied()
     }
 
     /// The next token, given the logits of the last position.
@@ -82,19 +103,28 @@ impl Sampler {
     /// With a temperature above 0 each call takes exactly one number from the generator, so that the n-th token of a
     /// sequence depends on the n-th number whatever the logits before it were.
     pub fn sample(&mut self, logits: &[f32]) -> Result<SampledToken> {
-        let mut penalised = std::mem::take(&mut self.penalised);
-        let logits_for_choice = match &self.penalties {
-            Some(penalties) => {
-                penalised.clear();
-                penalised.extend_from_slice(logits);
-                penalties.apply(&mut penalised);
-                &penalised
+        let mut changed = std::mem::take(&mut self.changed);
+        let logits_for_choice = match self.penalties.is_some() || self.suppressed_now().next().is_some() {
+            true => {
+                changed.clear();
+                changed.extend_from_slice(logits);
+                if let Some(penalties) = &self.penalties {
+                    penalties.apply(&mut changed);
+                }
+                for token in self.suppressed_now() {
+                    // NaN stays: it is refused wherever it is.
+                    if let Some(logit) = changed.get_mut(token as usize).filter(|logit| !logit.is_nan()) {
+                        *logit = f32::NEG_INFINITY;
+                    }
+                }
+                &changed
             }
-            None => logits,
+            false => logits,
         };
         let chosen = self.choose(logits_for_choice);
-        self.penalised = penalised;
+        self.changed = changed;
         let token = chosen?;
+        self.started = true;
         if let Some(penalties) = &mut self.penalties {
             penalties.count(token);
         }
@@ -107,9 +137,10 @@ impl Sampler {
 
     /// How many of the most likely tokens are enough to choose as from all logits, see [`sample_best`](Self::sample_best);
     /// `None` where all are needed. The greedy choice needs one; top-k needs `k`, since the other filters and the draw look
-    /// at those alone. Penalties may raise any token, log-probabilities and a draw without top-k sum over all.
+    /// at those alone. Penalties may raise any token, suppressed tokens may be the most likely ones, log-probabilities and
+    /// a draw without top-k sum over all.
     pub fn enough(&self) -> Option<usize> {
-        if self.penalties.is_some() || self.logprobs.is_some() {
+        if self.penalties.is_some() || self.logprobs.is_some() || self.suppressed_now().next().is_some() {
             return None;
         }
         match self.temperature == 0.0 {

@@ -303,7 +303,7 @@ fn penalties_match_their_definition() {
             *logit -= if count > 0 { 0.25 } else { 0.0 };
         }
         let sampled = sampler.sample(&logits).unwrap().token;
-        assert_eq!(sampler.penalised, expected, "after {generated:?}");
+        assert_eq!(sampler.changed, expected, "after {generated:?}");
         assert_eq!(sampled, most_likely(&expected).unwrap().0);
         generated.push(sampled);
     }
@@ -536,4 +536,30 @@ fn tokens_that_are_not_as_promised_choose_nothing() {
         assert!(message.contains(&format!("from {} tokens", best.len())), "{message}");
         assert!(message.contains("the 2 most likely were wanted"), "{message}");
     }
+}
+
+#[test]
+fn suppressed_tokens_are_never_chosen() {
+    use crate::model::config::SuppressedTokens;
+    let suppressed = Arc::new(SuppressedTokens { always: vec![2, 9999], at_first: vec![0, 1] });
+    let logits = [5.0, 6.0, 9.0, 1.0, 4.0];
+    for (temperature, top_k, repetition_penalty) in
+        [(0.0, None, 1.0), (0.0, None, 1.5), (1.0, None, 1.0), (1.0, Some(2), 1.0), (1.0, Some(4), 1.5)]
+    {
+        let options = GenerationOptions { temperature, top_k, repetition_penalty, ..options() };
+        let mut sampler = Sampler::new(&options, 3, &[]).suppressing(suppressed.clone());
+        assert_eq!(sampler.enough(), None);
+        let chosen: Vec<u32> = (0..200).map(|_| sampler.sample(&logits).unwrap().token).collect();
+        assert!(!chosen.contains(&2) && chosen[0] >= 3, "{temperature} {top_k:?}: {chosen:?}");
+        assert!(chosen[1..].contains(&1), "{temperature} {top_k:?}: {chosen:?}");
+    }
+    let mut greedy = Sampler::new(&GenerationOptions::new(16, 0.0, 1.0), 3, &[]).suppressing(suppressed.clone());
+    assert_eq!(greedy.sample(&logits).unwrap().token, 4);
+    assert_eq!(greedy.sample(&logits).unwrap().token, 1);
+    // NaN at a suppressed token is a fault of the model all the same.
+    assert!(greedy.sample(&[1.0, 2.0, f32::NAN]).is_err());
+    // Only the first choice needs all logits here.
+    let first = Arc::new(SuppressedTokens { always: vec![], at_first: vec![1] });
+    let mut greedy = Sampler::new(&GenerationOptions::new(16, 0.0, 1.0), 3, &[]).suppressing(first);
+    assert_eq!((greedy.enough(), greedy.sample(&logits).unwrap().token, greedy.enough()), (None, 2, Some(1)));
 }

@@ -40,6 +40,7 @@ use super::options::FinishReason;
 use crate::backend::{MicroBatch, Prediction, SequenceId, SequenceSlice, Wanted};
 use crate::error::Error;
 use crate::instrument::{Event, KvState, Outcome, Probe, StepOutcome, StepSlice};
+use crate::model::config::SuppressedTokens;
 use crate::pipeline::worker::{StageMessage, StageReply, StepTimes, panic_message};
 
 /// What the scheduler hears.
@@ -80,6 +81,8 @@ pub struct Limits {
     pub share_generated: bool,
     /// Tokens that end a generation.
     pub eos_token_ids: Vec<u32>,
+    /// Tokens that are never generated.
+    pub suppressed: Arc<SuppressedTokens>,
     /// LongRoPE changes all rotations when a sequence reaches this length, so its KV is computed anew there.
     pub recompute_at: Option<usize>,
     /// With dynamic NTK, rotations from this length on are different in each sequence.
@@ -420,7 +423,8 @@ impl Scheduler {
             if self.sharable(&request).is_some() {
                 self.prefix_counters.lookups.fetch_add(1, Ordering::Relaxed);
             }
-            self.active.insert(id, Sequence::new(request, capacity));
+            let suppressed = self.limits.suppressed.clone();
+            self.active.insert(id, Sequence::new(request, capacity, suppressed));
             self.probe.emit(|| Event::RequestStarted { request: id.0, prompt_tokens, queued });
             match leader {
                 Some((leader, len)) => self.followers.push(Follower { id, leader, len }),
@@ -713,6 +717,7 @@ mod tests {
             prefix_cache: 100,
             share_generated: true,
             eos_token_ids: Vec::new(),
+            suppressed: Arc::default(),
             recompute_at: None,
             own_rotations_from: None,
         };

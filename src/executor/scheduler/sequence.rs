@@ -12,6 +12,7 @@ use crate::error::Result;
 use crate::executor::options::{FinishReason, GenerationOptions, TokenLogprob};
 use crate::executor::sampler::Sampler;
 use crate::executor::tokenizer::{IncrementalDecoder, StopStringMatcher, Tokenizer};
+use crate::model::config::SuppressedTokens;
 
 /// A checked request.
 pub struct Request {
@@ -159,7 +160,7 @@ pub struct Sequence {
 
 impl Sequence {
     /// A sequence of which nothing is computed yet.
-    pub fn new(mut request: Request, capacity: usize) -> Self {
+    pub fn new(mut request: Request, capacity: usize, suppressed: Arc<SuppressedTokens>) -> Self {
         request.place = None;
         Sequence {
             tokens: request.prompt.clone(),
@@ -169,7 +170,7 @@ impl Sequence {
             decoding: false,
             capacity,
             reused: 0,
-            sampler: Sampler::new(&request.options, request.seed, &request.prompt),
+            sampler: Sampler::new(&request.options, request.seed, &request.prompt).suppressing(suppressed),
             text: request.text.take(),
             first_token: None,
             last_token: request.submitted,

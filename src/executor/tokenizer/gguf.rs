@@ -2,7 +2,6 @@
 //! special tokens are put together from its metadata.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::io::BufReader;
 use std::path::Path;
 
@@ -20,6 +19,7 @@ use tokenizers::{AddedToken, PreTokenizerWrapper, SplitDelimiterBehavior};
 
 use super::Tokenizer;
 use crate::error::{Error, Result};
+use crate::files;
 
 impl Tokenizer {
     /// The tokenizer that a GGUF file carries; `None` where it carries none.
@@ -30,7 +30,7 @@ impl Tokenizer {
     /// merges; its merges are found again as transformers does it: every way to put a token together from two others,
     /// in the order of the token's score.
     pub fn from_gguf(path: &Path) -> Result<Option<Self>> {
-        let file = fs::File::open(path).map_err(|error| Error::file(path, format!("cannot be opened: {error}")))?;
+        let file = files::open_regular(path)?;
         let content = Content::read(&mut BufReader::new(file))
             .map_err(|error| Error::file(path, format!("the GGUF header cannot be read: {error}")))?;
         gguf_tokenizer(path, content)
@@ -271,6 +271,7 @@ fn gguf_integer(value: &GgufValue) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::path::PathBuf;
 
     use tempfile::TempDir;

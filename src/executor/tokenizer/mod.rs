@@ -12,14 +12,13 @@ mod test_support;
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
-use std::fs;
-use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
 
 pub use self::incremental::IncrementalDecoder;
 pub use self::stop_strings::{StopMatch, StopStringMatcher};
 use crate::error::{Error, Result};
+use crate::files;
 
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -192,19 +191,11 @@ impl Tokenizer {
 }
 
 fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>> {
-    match fs::read(path) {
-        Ok(bytes) => Ok(Some(bytes)),
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(Error::file(path, format!("cannot be read: {error}"))),
-    }
+    files::read_if_there(path, files::MAX_TOKENIZER_BYTES)
 }
 
 fn read_json(path: &Path) -> Result<Option<serde_json::Value>> {
-    let Some(bytes) = read_if_there(path)? else { return Ok(None) };
-    match serde_json::from_slice(&bytes) {
-        Ok(json) => Ok(Some(json)),
-        Err(error) => Err(Error::file(path, format!("not valid JSON ({error}); fetch the file again"))),
-    }
+    read_if_there(path)?.map(|bytes| files::parse_json(path, &bytes)).transpose()
 }
 
 /// A `chat_template` field: one template, or several with names of which "default" is meant.
@@ -219,6 +210,8 @@ fn chat_template_in(json: &serde_json::Value) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use serde_json::json;
     use tempfile::TempDir;
 

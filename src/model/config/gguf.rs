@@ -1,9 +1,10 @@
 //! GGUF metadata, read key by key: llama.cpp's names, defaults and conventions differ from those of config.json, and some
 //! things it leaves unsaid.
 
+use super::gguf_keys::{self, Shared};
 use super::{
-    DecoderConfig, LayerConfig, LayerRope, MAX_LAYERS, MAX_SIZE, RopeConfig, RopeScaling, check_size, layer_norms,
-    longrope_attention_factor, with_stretched_context,
+    DecoderConfig, LayerConfig, LayerRope, MAX_LAYERS, MAX_SIZE, RopeConfig, RopeScaling, SuppressedTokens, check_size,
+    layer_norms, longrope_attention_factor, with_stretched_context,
 };
 use crate::error::{Error, Result, shorten};
 use crate::model::family::{self, Family, SlidingLayers, Softcap};
@@ -13,6 +14,7 @@ use crate::weights::gguf::GgufFile;
 impl DecoderConfig {
     /// Reads a GGUF file's metadata.
     pub fn from_gguf(gguf: &GgufFile) -> Result<(DecoderConfig, &'static Family)> {
+        gguf_keys::refuse_other_kinds(gguf)?;
         let architecture = gguf.architecture()?;
         let family = family::by_gguf_architecture(architecture, gguf.path())?;
         let config = from_gguf(gguf, family)?;
@@ -64,7 +66,9 @@ fn from_gguf(gguf: &GgufFile, family: &'static Family) -> Result<DecoderConfig> 
     let hidden_size = needed("embedding_length")?;
     let num_hidden_layers = needed("block_count")?;
     check_size(gguf.path(), &key("block_count"), num_hidden_layers, MAX_LAYERS)?;
-    let num_attention_heads = needed("attention.head_count")?;
+    // Sizes of which a file may have one for each layer.
+    let uniform = |name: &str| uniform(gguf, &key(name), num_hidden_layers);
+    let num_attention_heads = uniform("attention.head_count")?.ok_or_else(|| missing("attention.head_count"))?;
     check_size(gguf.path(), &key("attention.head_count"), num_attention_heads, MAX_SIZE)?;
     let path = gguf.path().display();
     let head_dim = size("attention.key_length")?.unwrap_or(hidden_size / num_attention_heads);
@@ -75,13 +79,6 @@ fn from_gguf(gguf: &GgufFile, family: &'static Family) -> Result<DecoderConfig> 
             what: "GGUF key",
             value: format!("{arch}.attention.value_length = {value_dim}"),
             hint: format!("in {path}; `{arch}.attention.key_length` is {head_dim}, and values must be as wide as keys"),
-        });
-    }
-    if let Some(experts) = size("expert_count")?.filter(|&experts| experts > 0) {
-        return Err(Error::Unsupported {
-            what: "GGUF key",
-            value: format!("{arch}.expert_count = {experts}"),
-            hint: format!("in {path}; mixture-of-experts models are not supported"),
         });
     }
     let context_length = size("context_length")?.unwrap_or(family.max_position_embeddings);
@@ -102,10 +99,17 @@ fn from_gguf(gguf: &GgufFile, family: &'static Family) -> Result<DecoderConfig> 
         }),
     };
 
-    let has_rope = |layer: usize| family.no_rope_interval.is_none_or(|n| !(layer + 1).is_multiple_of(n));
-    // One number for every n-th layer, or a flag for each layer.
+    // Granite says with this key whether there is RoPE at all; for others it is a remark.
+    let rope_switched_off = family.name == "Granite" && gguf.get_bool(&key("rope.scaling.finetuned"))? == Some(false);
+    let has_rope =
+        |layer: usize| !rope_switched_off && family.no_rope_interval.is_none_or(|n| !(layer + 1).is_multiple_of(n));
+    // A period whose last layer sees everything (0: no layer does), or a flag for each layer.
     let pattern_key = key("attention.sliding_window_pattern");
-    let flags = gguf.get_bool_array(&pattern_key).ok().flatten();
+    let flags = match gguf.get_u64_array(&pattern_key) {
+        _ if !gguf.is_array(&pattern_key) => None,
+        Ok(flags) => flags.map(|flags| flags.into_iter().map(|flag| flag != 0).collect()),
+        Err(_) => gguf.get_bool_array(&pattern_key)?,
+    };
     let interval = match &flags {
         Some(_) => None,
         None => gguf.get_u64(&pattern_key)?.map(|n| n as usize),
@@ -114,10 +118,20 @@ fn from_gguf(gguf: &GgufFile, family: &'static Family) -> Result<DecoderConfig> 
         (SlidingLayers::Never, _) => false,
         (SlidingLayers::All, _) => true,
         (SlidingLayers::AllButEvery(_), Some(flags)) => flags.get(layer).copied().unwrap_or(false),
-        (SlidingLayers::AllButEvery(n), None) => !(layer + 1).is_multiple_of(interval.unwrap_or(n).max(1)),
+        (SlidingLayers::AllButEvery(n), None) => match interval.unwrap_or(n) {
+            0 => true,
+            n => !(layer + 1).is_multiple_of(n),
+        },
         // GGUF has no key for these patterns, and llama.cpp attends to everything.
         (SlidingLayers::FromMaxWindowLayers | SlidingLayers::WithoutRope, _) => false,
     };
+    let slides = sliding_window.is_some() && (0..num_hidden_layers).any(is_sliding);
+    if let Some(window) = sliding_window.filter(|_| !slides) {
+        let key = key("attention.sliding_window");
+        tracing::warn!("{path}: `{key}` ({window}) is not used: as in llama.cpp every layer sees all positions");
+    }
+    let theta = Some(rope.theta).filter(|_| slides && local_rope.is_none());
+    gguf_keys::refuse_unsupported(gguf, &arch, family.activation, &Shared { head_dim, rotary_dim, theta })?;
     let layers = (0..num_hidden_layers)
         .map(|layer| LayerConfig {
             sliding_window: sliding_window.filter(|_| is_sliding(layer)),
@@ -156,15 +170,14 @@ fn from_gguf(gguf: &GgufFile, family: &'static Family) -> Result<DecoderConfig> 
             eos_token_ids.push(id);
         }
     }
-    let head_count_kv = gguf.get_u64(&key("attention.head_count_kv"))?.map(|n| n as usize);
     Ok(with_stretched_context(DecoderConfig {
         family: family.name,
         vocab_size,
         hidden_size,
-        intermediate_size: needed("feed_forward_length")?,
+        intermediate_size: uniform("feed_forward_length")?.ok_or_else(|| missing("feed_forward_length"))?,
         num_hidden_layers,
         num_attention_heads,
-        num_key_value_heads: head_count_kv.unwrap_or(num_attention_heads),
+        num_key_value_heads: uniform("attention.head_count_kv")?.unwrap_or(num_attention_heads),
         head_dim,
         rms_norm_eps: number("attention.layer_norm_rms_epsilon")?.unwrap_or(family.rms_norm_eps),
         norm_offset: 0.0,
@@ -190,12 +203,41 @@ fn from_gguf(gguf: &GgufFile, family: &'static Family) -> Result<DecoderConfig> 
         residual_multiplier: nonzero(number("residual_scale")?).unwrap_or(1.0),
         logits_scaling: nonzero(number("logit_scale")?).unwrap_or(1.0),
         eos_token_ids,
+        suppressed: SuppressedTokens { always: suppressed_tokens(gguf), at_first: Vec::new() },
         architecture: arch,
     }))
 }
 
+/// A size that all layers have: a single number, or an array of equal ones.
+fn uniform(gguf: &GgufFile, key: &str, layers: usize) -> Result<Option<usize>> {
+    let Some(sizes) = gguf.get_u64_or_array(key)? else { return Ok(None) };
+    if gguf.is_array(key) && sizes.len() != layers {
+        let reason = format!("metadata key `{key}` is an array of {} numbers for {layers} layers", sizes.len());
+        return Err(Error::file(gguf.path(), reason));
+    }
+    if sizes.iter().any(|&size| size != sizes[0]) {
+        return Err(Error::Unsupported {
+            what: "GGUF key",
+            value: format!("{key} = {}", gguf.shown(key)),
+            hint: format!("in {}; models whose layers differ in size are not supported", gguf.path().display()),
+        });
+    }
+    Ok(sizes.first().map(|&size| size as usize))
+}
+
+/// Ids outside of the vocabulary are left out, as llama.cpp does it.
+fn suppressed_tokens(gguf: &GgufFile) -> Vec<u32> {
+    let ids = gguf.numbers("tokenizer.ggml.suppress_tokens").unwrap_or_default();
+    ids.into_iter()
+        .filter(|id| id.fract() == 0.0 && (0.0..=f64::from(u32::MAX)).contains(id))
+        .map(|id| id as u32)
+        .collect()
+}
+
 fn rope_scaling_from_gguf(gguf: &GgufFile, arch: &str, context_length: usize) -> Result<RopeScaling> {
-    let number = |name: &str| gguf.get_f64(&format!("{arch}.rope.scaling.{name}"));
+    let key = |name: &str| format!("{arch}.rope.scaling.{name}");
+    let number = |name: &str| gguf.get_f64(&key(name));
+    let path = gguf.path();
     let factors = |name: &str| -> Result<Option<Vec<f32>>> {
         if gguf.meta(name)?.is_none() {
             return Ok(None);
@@ -203,7 +245,7 @@ fn rope_scaling_from_gguf(gguf: &GgufFile, arch: &str, context_length: usize) ->
         let stored = gguf.tensor(name)?;
         if stored.meta.dtype != crate::weights::WeightType::F32 {
             return Err(Error::Tensor {
-                path: gguf.path().into(),
+                path: path.into(),
                 tensor: gguf.stored_name(name),
                 reason: format!("has type {}, expected F32", stored.meta.dtype),
             });
@@ -212,43 +254,85 @@ fn rope_scaling_from_gguf(gguf: &GgufFile, arch: &str, context_length: usize) ->
         let (values, _) = bytes.as_chunks::<4>();
         Ok(Some(values.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()))
     };
-    let original =
-        gguf.get_u64(&format!("{arch}.rope.scaling.original_context_length"))?.map_or(context_length, |n| n as usize);
-    if let (Some(long_factor), Some(short_factor)) =
-        (factors("rope_factors_long.weight")?, factors("rope_factors_short.weight")?)
-    {
-        let stretched = longrope_attention_factor(context_length as f64 / original.max(1) as f64, original);
-        let attention_factor = number("attn_factor")?.unwrap_or(stretched);
+    let kind = gguf.get_str(&key("type"))?.unwrap_or("linear");
+    let unsupported = |hint: String| Error::Unsupported {
+        what: "RoPE type",
+        value: shorten(kind),
+        hint: format!("`{}` in {}; {hint}", key("type"), path.display()),
+    };
+    if !matches!(kind, "none" | "linear" | "yarn" | "longrope") {
+        return Err(unsupported("supported are none, linear, yarn, and longrope with its tensors".into()));
+    }
+    // The factor's old name counts where the new one is absent. 0 stands for none.
+    let factor_key = match gguf.contains(&key("factor")) {
+        true => key("factor"),
+        false => format!("{arch}.rope.scale_linear"),
+    };
+    let factor = match gguf.get_f64(&factor_key)? {
+        None | Some(0.0) => 1.0,
+        _ if kind == "none" => 1.0,
+        Some(factor) if factor.is_finite() && factor > 0.0 => factor,
+        Some(factor) => {
+            let reason = format!("`{factor_key}` is {factor}, expected a finite number above 0");
+            return Err(Error::file(path, reason));
+        }
+    };
+    let original = gguf.get_u64(&key("original_context_length"))?.map_or(context_length, |n| n as usize);
+    let attention_factor = number("attn_factor")?;
+    // Beside tables of divisors the factor divides too.
+    let stretched = |divisors: Vec<f32>| -> Vec<f32> { divisors.iter().map(|d| d * factor as f32).collect() };
+    let (long, short) = (factors("rope_factors_long.weight")?, factors("rope_factors_short.weight")?);
+    let table = factors("rope_freqs.weight")?;
+    if kind == "yarn" && (long.is_some() || short.is_some() || table.is_some()) {
+        return Err(unsupported("YaRN is not supported together with a table of RoPE factors".into()));
+    }
+    if let (Some(long), Some(short)) = (&long, &short) {
+        let inferred = longrope_attention_factor(context_length as f64 / original.max(1) as f64, original);
         return Ok(RopeScaling::LongRope {
-            short_factor,
-            long_factor,
+            short_factor: stretched(short.clone()),
+            long_factor: stretched(long.clone()),
             original_max_position_embeddings: original,
-            attention_factor,
+            attention_factor: attention_factor.unwrap_or(inferred),
         });
     }
-    if let Some(factors) = factors("rope_freqs.weight")? {
-        return Ok(RopeScaling::Divided { factors });
+    if long.is_some() || short.is_some() {
+        let missing = if long.is_some() { "rope_factors_short.weight" } else { "rope_factors_long.weight" };
+        let reason = "is missing, and the other table of LongRoPE is there".to_string();
+        return Err(Error::Tensor { path: path.into(), tensor: missing.into(), reason });
     }
-    let factor = number("factor")?.filter(|&factor| factor != 0.0);
-    let kind = gguf.get_str(&format!("{arch}.rope.scaling.type"))?.map(str::to_string);
-    match (kind.as_deref(), factor) {
-        (None | Some("none"), None) | (Some("none"), _) => Ok(RopeScaling::Default),
-        (None | Some("linear"), Some(factor)) => Ok(RopeScaling::Linear { factor }),
-        (Some("yarn"), Some(factor)) => Ok(RopeScaling::Yarn {
+    if kind == "yarn" {
+        let inferred = 0.1 * factor.max(1.0).ln() + 1.0;
+        // Converters write the attention factor of config.json here, which llama.cpp does not read.
+        if let Some(stated) = number("yarn_attn_factor")?
+            && stated != 1.0
+            && (stated - inferred).abs() > 1e-4
+        {
+            let reason = format!(
+                "`{}` is {stated}, and factor {factor} gives {inferred}: other attention factors are not supported",
+                key("yarn_attn_factor")
+            );
+            return Err(Error::file(path, reason));
+        }
+        return Ok(RopeScaling::Yarn {
             factor,
             original_max_position_embeddings: original,
-            attention_factor: number("attn_factor")?.unwrap_or(1.0) * (0.1 * factor.max(1.0).ln() + 1.0),
+            attention_factor: attention_factor.unwrap_or(1.0) * inferred,
             beta_fast: number("yarn_beta_fast")?.unwrap_or(32.0),
             beta_slow: number("yarn_beta_slow")?.unwrap_or(1.0),
             truncate: true,
-        }),
-        (Some(kind), factor) => Err(Error::Unsupported {
-            what: "RoPE type",
-            value: shorten(kind),
-            hint: format!(
-                "`{arch}.rope.scaling.type` in {}, with factor {factor:?}; supported are none, linear with a factor, yarn with a factor, and longrope with its tensors",
-                gguf.path().display()
-            ),
-        }),
+        });
     }
+    if kind == "longrope" {
+        return Err(unsupported("it needs the tensors rope_factors_long.weight and rope_factors_short.weight".into()));
+    }
+    if let Some(attention_factor) = attention_factor.filter(|&factor| factor != 1.0) {
+        let reason =
+            format!("`{}` is {attention_factor}, which is supported for yarn and longrope only", key("attn_factor"));
+        return Err(Error::file(path, reason));
+    }
+    Ok(match table {
+        Some(divisors) => RopeScaling::Divided { factors: stretched(divisors) },
+        None if factor == 1.0 => RopeScaling::Default,
+        None => RopeScaling::Linear { factor },
+    })
 }

@@ -1,14 +1,15 @@
 //! Hugging Face's config.json, read field by field: families spell and default the same things in their own ways, so what
 //! is absent comes from the family and what is wrong is named.
 
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde_json::Value;
 
+use super::generation::Generation;
+use super::json::Json;
 use super::{
-    Activation, DecoderConfig, LayerConfig, LayerRope, MAX_LAYERS, MAX_SIZE, RopeConfig, RopeScaling, check_size,
-    layer_norms, longrope_attention_factor, with_stretched_context,
+    Activation, DecoderConfig, LayerConfig, LayerRope, MAX_LAYERS, MAX_SIZE, RopeConfig, RopeScaling, SuppressedTokens,
+    check_size, layer_norms, longrope_attention_factor, with_stretched_context,
 };
 use crate::error::{Error, Result, shorten};
 use crate::model::family::{self, AttentionScale, Family, SlidingLayers, Softcap};
@@ -19,139 +20,65 @@ impl DecoderConfig {
         let root = Json::read(dir.join("config.json"))?;
         let model_type = root.text("model_type")?.ok_or_else(|| root.missing("model_type"))?;
         let family = family::by_model_type(&model_type, &root.path)?;
-        root.refuse_quantised()?;
+        refuse_quantised(&root)?;
         // Multimodal wrappers keep the language model's fields in an object of their own.
-        let wrapper_tied = root.flag("tie_word_embeddings")?;
-        let (json, is_wrapped) = match root.object("text_config")? {
-            Some(text) => (text, true),
-            None => (root, false),
+        let wrapped = match family.wrappers.contains(&model_type.as_str()) {
+            true => root.object("text_config")?,
+            false => None,
         };
-        json.refuse_quantised()?;
-        let mut config = from_json(&json, family, &model_type)?;
-        if is_wrapped {
-            config.tie_word_embeddings = wrapper_tied.unwrap_or(family.tied);
+        let json = wrapped.as_ref().unwrap_or(&root);
+        if let Some(inner) = wrapped.as_ref().and_then(|json| json.text("model_type").transpose()).transpose()?
+            && !family.model_types.contains(&inner.as_str())
+        {
+            return Err(json.unsupported(
+                "text model",
+                &inner,
+                "text_config.model_type",
+                &family.model_types.join(", "),
+            ));
         }
-        let generation = dir.join("generation_config.json");
-        if generation.exists() {
-            let eos = Json::read(generation)?.token_ids("eos_token_id")?;
-            if let Some(eos) = eos {
-                config.eos_token_ids = eos;
-            }
+        refuse_quantised(json)?;
+        let mut config = from_json(json, family, &model_type)?;
+        if wrapped.is_some() {
+            config.tie_word_embeddings = root.flag("tie_word_embeddings")?.unwrap_or(family.tied);
         }
-        config.validate(&json.path, &str::to_string)?;
+        let generation = Generation::read(dir, &root, json)?;
+        config.eos_token_ids = generation.eos_token_ids.unwrap_or(config.eos_token_ids);
+        config.suppressed = generation.suppressed;
+        config.validate(&root.path, &str::to_string)?;
         Ok((config, family))
     }
 }
 
-/// Far above every config there is.
-const MAX_BYTES: u64 = 4 << 20;
-
-/// A config.json with typed access; errors name the file and the field.
-struct Json {
-    path: PathBuf,
-    value: Value,
+fn refuse_quantised(json: &Json) -> Result<()> {
+    let Some(config) = json.get("quantization_config") else { return Ok(()) };
+    let method = config.get("quant_method").and_then(Value::as_str).map_or(config.to_string(), str::to_string);
+    Err(Error::Unsupported {
+        what: "quantization_config",
+        value: shorten(&method),
+        hint: format!("in {}; use the unquantised safetensors or a GGUF file of the model", json.path.display()),
+    })
 }
 
-impl Json {
-    fn read(path: PathBuf) -> Result<Json> {
-        let mut text = String::new();
-        let file = std::fs::File::open(&path).map_err(|e| Error::file(&path, e))?;
-        // One byte more than allowed, whatever the file system says of the size: a device has none.
-        file.take(MAX_BYTES + 1).read_to_string(&mut text).map_err(|e| Error::file(&path, e))?;
-        if text.len() as u64 > MAX_BYTES {
-            return Err(Error::file(&path, format!("is too large for a config, more than {MAX_BYTES} bytes")));
-        }
-        let value = serde_json::from_str(&text).map_err(|e| Error::file(&path, format!("not valid JSON: {e}")))?;
-        Ok(Json { path, value })
-    }
-
-    fn missing(&self, field: &str) -> Error {
-        Error::file(&self.path, format!("field `{field}` is missing"))
-    }
-
-    fn wrong(&self, field: &str, value: &Value, wanted: &str) -> Error {
-        Error::file(&self.path, format!("field `{field}` is {}, expected {wanted}", shorten(&value.to_string())))
-    }
-
-    fn unsupported(&self, what: &'static str, value: &str, field: &str, supported: &str) -> Error {
-        let hint = format!("`{field}` in {}; supported are {supported}", self.path.display());
-        Error::Unsupported { what, value: shorten(value), hint }
-    }
-
-    fn refuse_quantised(&self) -> Result<()> {
-        let Some(config) = self.get("quantization_config") else { return Ok(()) };
-        let method = config.get("quant_method").and_then(Value::as_str).map_or(config.to_string(), str::to_string);
-        Err(Error::Unsupported {
-            what: "quantization_config",
-            value: shorten(&method),
-            hint: format!("in {}; use the unquantised safetensors or a GGUF file of the model", self.path.display()),
-        })
-    }
-
-    /// The field's value; absent and null are `None`.
-    fn get<'a>(&'a self, field: &str) -> Option<&'a Value> {
-        self.value.get(field).filter(|value| !value.is_null())
-    }
-
-    fn read_as<'a, T>(
-        &'a self,
-        field: &str,
-        wanted: &str,
-        convert: impl FnOnce(&'a Value) -> Option<T>,
-    ) -> Result<Option<T>> {
-        match self.get(field) {
-            None => Ok(None),
-            Some(value) => convert(value).map(Some).ok_or_else(|| self.wrong(field, value, wanted)),
+/// Fields that switch off what makes a decoder of the model.
+fn refuse_bidirectional(json: &Json) -> Result<()> {
+    for (field, causal) in [("use_bidirectional_attention", false), ("is_causal", true)] {
+        if json.flag(field)?.is_some_and(|value| value != causal) {
+            return Err(Error::Unsupported {
+                what: "attention",
+                value: format!("{field} = {}", !causal),
+                hint: format!(
+                    "in {}; a model whose positions see those after them makes embeddings and does not generate",
+                    json.path.display()
+                ),
+            });
         }
     }
-
-    fn size(&self, field: &str) -> Result<Option<usize>> {
-        self.read_as(field, "a whole number", |v| {
-            v.as_u64()
-                .or_else(|| v.as_f64().filter(|f| f.fract() == 0.0 && (0.0..1e15).contains(f)).map(|f| f as u64))
-                .map(|n| n as usize)
-        })
-    }
-
-    fn number(&self, field: &str) -> Result<Option<f64>> {
-        self.read_as(field, "a number", Value::as_f64)
-    }
-
-    /// A number that makes no sense at or below 0.
-    fn positive(&self, field: &str) -> Result<Option<f64>> {
-        self.read_as(field, "a number above 0", |v| v.as_f64().filter(|&n| n > 0.0))
-    }
-
-    fn flag(&self, field: &str) -> Result<Option<bool>> {
-        self.read_as(field, "true or false", Value::as_bool)
-    }
-
-    fn text(&self, field: &str) -> Result<Option<String>> {
-        self.read_as(field, "a text", |v| v.as_str().map(str::to_string))
-    }
-
-    fn numbers(&self, field: &str) -> Result<Option<Vec<f32>>> {
-        self.read_as(field, "a list of numbers", |v| {
-            v.as_array()?.iter().map(|n| n.as_f64().map(|n| n as f32)).collect()
-        })
-    }
-
-    fn token_ids(&self, field: &str) -> Result<Option<Vec<u32>>> {
-        let id = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok());
-        self.read_as(field, "a token id or a list of them", |v| match v.as_array() {
-            Some(ids) => ids.iter().map(id).collect(),
-            None => id(v).map(|id| vec![id]),
-        })
-    }
-
-    /// A nested object with the same error messages.
-    fn object(&self, field: &str) -> Result<Option<Json>> {
-        self.read_as(field, "an object", |v| v.as_object().map(|_| v.clone()))
-            .map(|value| value.map(|value| Json { path: self.path.clone(), value }))
-    }
+    Ok(())
 }
 
 fn from_json(json: &Json, family: &'static Family, model_type: &str) -> Result<DecoderConfig> {
+    refuse_bidirectional(json)?;
     let needed = |field: &str, default: fn(&family::Sizes) -> usize| -> Result<usize> {
         let size = json.size(field)?.or(family.sizes.as_ref().map(default));
         size.ok_or_else(|| json.missing(field))
@@ -167,18 +94,16 @@ fn from_json(json: &Json, family: &'static Family, model_type: &str) -> Result<D
     let activation_field = if json.get("hidden_activation").is_some() { "hidden_activation" } else { "hidden_act" };
     let activation = match json.text(activation_field)?.as_deref() {
         None => family.activation,
-        Some("silu" | "swish") => Activation::Silu,
-        Some("gelu_pytorch_tanh" | "gelu_new" | "gelu_fast") => Activation::GeluTanh,
         // Gemma 1 says `gelu` and means the approximation; transformers corrects it in the same way.
         Some("gelu") if family.activation == Activation::GeluTanh => Activation::GeluTanh,
-        Some("gelu") => Activation::Gelu,
-        Some(other) => {
-            let supported = "silu, gelu and gelu_pytorch_tanh";
-            return Err(json.unsupported("activation", other, activation_field, supported));
-        }
+        Some(name) => Activation::from_name(name).ok_or_else(|| {
+            json.unsupported("activation", name, activation_field, "silu, gelu and gelu_pytorch_tanh")
+        })?,
     };
-    let no_rope_layers: Option<Vec<f32>> = json.numbers("no_rope_layers")?;
-    let interval = json.size("no_rope_layer_interval")?.or(family.no_rope_interval);
+    let (no_rope_layers, interval) = match family.no_rope_interval {
+        Some(_) => (json.numbers("no_rope_layers")?, json.size("no_rope_layer_interval")?.or(family.no_rope_interval)),
+        None => (None, None),
+    };
     let has_rope = |layer: usize| match (&no_rope_layers, family.no_rope_interval) {
         // The list holds 1 for a layer WITH RoPE, in spite of its name.
         (Some(list), Some(_)) => list.get(layer).is_none_or(|&flag| flag != 0.0),
@@ -215,8 +140,9 @@ fn from_json(json: &Json, family: &'static Family, model_type: &str) -> Result<D
         }
         Ok(json.positive(field)?.unwrap_or(1.0))
     };
-    // Families with a fixed bias have no such field; one that strayed into their config means nothing.
-    let attention_bias = !family.qkv_bias && json.flag("attention_bias")?.unwrap_or(false);
+    // A field that strayed into the config of a family without it means nothing.
+    let bias = |field: &str, counts: bool| if counts { json.flag(field) } else { Ok(None) };
+    let attention_bias = bias("attention_bias", family.attention_bias)?.unwrap_or(false);
     let embedding_multiplier =
         if family.embedding_sqrt_hidden { (hidden_size as f64).sqrt() } else { multiplier("embedding_multiplier")? };
     Ok(with_stretched_context(DecoderConfig {
@@ -241,7 +167,7 @@ fn from_json(json: &Json, family: &'static Family, model_type: &str) -> Result<D
         tie_word_embeddings: json.flag("tie_word_embeddings")?.unwrap_or(family.tied),
         qkv_bias: Some(family.qkv_bias || attention_bias),
         o_bias: Some(attention_bias),
-        mlp_bias: Some(json.flag("mlp_bias")?.unwrap_or(false)),
+        mlp_bias: Some(bias("mlp_bias", family.mlp_bias)?.unwrap_or(false)),
         rope,
         local_rope,
         layers,
@@ -256,19 +182,19 @@ fn from_json(json: &Json, family: &'static Family, model_type: &str) -> Result<D
             None => family.eos_token_id.into_iter().collect(),
             Some(_) => json.token_ids("eos_token_id")?.unwrap_or_default(),
         },
+        suppressed: SuppressedTokens::default(),
     }))
 }
 
 fn sliding_window_from_json(json: &Json, family: &Family) -> Result<Option<usize>> {
-    let window = match json.value.get("sliding_window") {
-        None => family.sliding_window,
-        Some(_) => json.size("sliding_window")?,
-    };
     let switched = matches!(family.sliding, SlidingLayers::FromMaxWindowLayers | SlidingLayers::WithoutRope);
-    if switched && !json.flag("use_sliding_window")?.unwrap_or(false) {
+    if family.sliding == SlidingLayers::Never || (switched && !json.flag("use_sliding_window")?.unwrap_or(false)) {
         return Ok(None);
     }
-    Ok(window)
+    match json.value.get("sliding_window") {
+        None => Ok(family.sliding_window),
+        Some(_) => json.size("sliding_window"),
+    }
 }
 
 fn sliding_layers_from_json(
@@ -297,17 +223,21 @@ fn sliding_layers_from_json(
             })
             .collect();
     }
-    let max_window_layers = json.size("max_window_layers")?.unwrap_or(28);
-    let pattern = json.size("sliding_window_pattern")?.or(json.size("_sliding_window_pattern")?);
-    Ok((0..layers)
-        .map(|layer| match family.sliding {
-            SlidingLayers::Never => false,
-            SlidingLayers::All => true,
-            SlidingLayers::FromMaxWindowLayers => layer >= max_window_layers,
-            SlidingLayers::AllButEvery(n) => !(layer + 1).is_multiple_of(pattern.unwrap_or(n).max(1)),
-            SlidingLayers::WithoutRope => !has_rope(layer),
-        })
-        .collect())
+    let all = |slides: &dyn Fn(usize) -> bool| (0..layers).map(slides).collect();
+    Ok(match family.sliding {
+        SlidingLayers::Never => all(&|_| false),
+        SlidingLayers::All => all(&|_| true),
+        SlidingLayers::FromMaxWindowLayers => {
+            let first = json.size("max_window_layers")?.unwrap_or(28);
+            all(&|layer| layer >= first)
+        }
+        SlidingLayers::AllButEvery(n) => {
+            let pattern = json.size("sliding_window_pattern")?.or(json.size("_sliding_window_pattern")?);
+            let n = pattern.unwrap_or(n).max(1);
+            all(&|layer| !(layer + 1).is_multiple_of(n))
+        }
+        SlidingLayers::WithoutRope => all(&|layer| !has_rope(layer)),
+    })
 }
 
 /// The rotary embeddings, from `rope_theta` + `rope_scaling` or from the newer `rope_parameters`, which may hold one
@@ -319,13 +249,20 @@ fn ropes_from_json(
     max_positions: usize,
 ) -> Result<(RopeConfig, Option<RopeConfig>)> {
     let theta = json.number("rope_theta")?.unwrap_or(family.rope_theta);
-    let none = || Json { path: json.path.clone(), value: Value::Object(Default::default()) };
+    let none = || Json::empty(&json.path);
     let parameters = match json.object("rope_scaling")? {
         Some(parameters) => parameters,
         None => json.object("rope_parameters")?.unwrap_or_else(none),
     };
     let build = |p: &Json, theta: f64| rope_from_json(json, p, family, theta, head_dim, max_positions);
     let Some(local_theta) = family.local_rope_theta else {
+        for layers in ["full_attention", "sliding_attention"] {
+            if parameters.get(layers).is_some() {
+                let reason =
+                    format!("`rope_parameters` has `{layers}`, but {} has one set for all layers", family.name);
+                return Err(Error::file(&json.path, reason));
+            }
+        }
         return Ok((build(&parameters, theta)?, None));
     };
     let local_theta = json.number("rope_local_base_freq")?.unwrap_or(local_theta);

@@ -3,8 +3,11 @@
 //!
 //! This file holds the data and the checks that both sources share; the reading is in a file for each.
 
+mod generation;
 mod gguf;
+mod gguf_keys;
 mod hf;
+mod json;
 
 use std::path::Path;
 
@@ -20,6 +23,18 @@ pub enum Activation {
     Gelu,
     /// GELU by its tanh approximation.
     GeluTanh,
+}
+
+impl Activation {
+    /// The function that files call `name`.
+    fn from_name(name: &str) -> Option<Activation> {
+        match name {
+            "silu" | "swish" => Some(Activation::Silu),
+            "gelu_pytorch_tanh" | "gelu_new" | "gelu_fast" => Some(Activation::GeluTanh),
+            "gelu" => Some(Activation::Gelu),
+            _ => None,
+        }
+    }
 }
 
 /// RMSNorm on queries and keys, before RoPE.
@@ -202,6 +217,17 @@ pub struct DecoderConfig {
     pub logits_scaling: f64,
     /// Tokens that end a generation.
     pub eos_token_ids: Vec<u32>,
+    /// Tokens that are never generated.
+    pub suppressed: SuppressedTokens,
+}
+
+/// Tokens that the model's own files rule out, whatever the logits say.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SuppressedTokens {
+    /// Everywhere.
+    pub always: Vec<u32>,
+    /// As the first token that is generated.
+    pub at_first: Vec<u32>,
 }
 
 impl DecoderConfig {
