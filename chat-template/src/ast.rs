@@ -31,7 +31,10 @@ pub(crate) enum Literal {
 #[derive(Debug)]
 pub(crate) enum ExprKind {
     Literal(Literal),
-    Name { name: Arc<str>, place: Place },
+    Name {
+        name: Arc<str>,
+        place: Place,
+    },
     Tuple(Vec<Expr>),
     List(Vec<Expr>),
     Dict(Vec<(Expr, Expr)>),
@@ -41,13 +44,25 @@ pub(crate) enum ExprKind {
     Or(Box<Expr>, Box<Expr>),
     Compare(Box<Expr>, Vec<(Comparison, Expr)>),
     Concat(Vec<Expr>),
-    Conditional { test: Box<Expr>, yes: Box<Expr>, no: Option<Box<Expr>> },
+    Conditional {
+        test: Box<Expr>,
+        yes: Box<Expr>,
+        no: Option<Box<Expr>>,
+    },
     Attribute(Box<Expr>, Text),
     Item(Box<Expr>, Box<Expr>),
     Slice(Box<Expr>, Box<[Option<Expr>; 3]>),
     /// The input is missing in filter blocks, where it is the block's text.
-    Filter { input: Option<Box<Expr>>, name: Arc<str>, arguments: Box<Arguments> },
-    Test { input: Box<Expr>, name: Arc<str>, arguments: Box<Arguments> },
+    Filter {
+        input: Option<Box<Expr>>,
+        name: Arc<str>,
+        arguments: Box<Arguments>,
+    },
+    Test {
+        input: Box<Expr>,
+        name: Arc<str>,
+        arguments: Box<Arguments>,
+    },
     Call(Box<Expr>, Box<Arguments>),
 }
 
@@ -104,10 +119,17 @@ impl Arguments {
 /// What is assigned to.
 #[derive(Debug)]
 pub(crate) enum Target {
-    Name { name: Arc<str>, place: Place },
+    Name {
+        name: Arc<str>,
+        place: Place,
+    },
     Tuple(Vec<Target>),
     /// An attribute of a namespace.
-    Attribute { namespace: Arc<str>, place: Place, attribute: Text },
+    Attribute {
+        namespace: Arc<str>,
+        place: Place,
+        attribute: Text,
+    },
 }
 
 /// How a variable of a scope begins.
@@ -146,18 +168,47 @@ pub(crate) enum StmtKind {
     Text(Text),
     Print(Expr),
     /// `export`: the variables can be seen in blocks.
-    Assign { target: Target, value: Expr, export: bool },
-    AssignBlock { target: Target, filter: Option<Expr>, scoped: Scoped, export: bool },
-    If { branches: Vec<(Expr, Vec<Stmt>)>, otherwise: Vec<Stmt> },
+    Assign {
+        target: Target,
+        value: Expr,
+        export: bool,
+    },
+    AssignBlock {
+        target: Target,
+        filter: Option<Expr>,
+        scoped: Scoped,
+        export: bool,
+    },
+    If {
+        branches: Vec<(Expr, Vec<Stmt>)>,
+        otherwise: Vec<Stmt>,
+    },
     For(Arc<For>),
-    With { targets: Vec<(Target, Expr)>, scoped: Scoped },
-    FilterBlock { filter: Expr, scoped: Scoped },
-    Macro { function: Arc<Macro>, place: Place, export: bool },
-    CallBlock { call: Expr, caller: Arc<Macro> },
+    With {
+        targets: Vec<(Target, Expr)>,
+        scoped: Scoped,
+    },
+    FilterBlock {
+        filter: Expr,
+        scoped: Scoped,
+    },
+    Macro {
+        function: Arc<Macro>,
+        place: Place,
+        export: bool,
+    },
+    CallBlock {
+        call: Expr,
+        caller: Arc<Macro>,
+    },
     /// `{% generation %}`, which transformers adds: marks what the assistant said and changes nothing in the text.
     Generation(Scoped),
     Scope(Scoped),
-    Block { name: Arc<str>, required: bool, locals: Option<Vec<(Arc<str>, Place)>> },
+    Block {
+        name: Arc<str>,
+        required: bool,
+        locals: Option<Vec<(Arc<str>, Place)>>,
+    },
     /// `include`, `import`, `from` and `extends`: there is nothing to load from.
     NoLoader(&'static str),
     Break,

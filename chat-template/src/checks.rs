@@ -85,8 +85,7 @@ impl Evaluator<'_> {
             },
             "iterable" => is_iterable(value),
             "callable" => is_callable(value),
-            // Nothing is escaped by itself.
-            "escaped" => false,
+            "escaped" => matches!(value, Value::Str(text) if text.is_markup()),
             name => {
                 let name = crate::error::excerpt(name);
                 return Err(Error::runtime(format!("no test named '{name}' found")));

@@ -94,7 +94,8 @@ impl<'s> Lexer<'s> {
     fn root(&mut self) -> Result<()> {
         while !self.rest().is_empty() {
             let rest = self.rest();
-            let begin = rest.match_indices('{').find(|(at, _)| matches!(rest.as_bytes().get(at + 1), Some(b'{' | b'%' | b'#')));
+            let begin =
+                rest.match_indices('{').find(|(at, _)| matches!(rest.as_bytes().get(at + 1), Some(b'{' | b'%' | b'#')));
             let Some((begin, _)) = begin else {
                 self.text(rest);
                 self.advance(rest.len());

@@ -6,9 +6,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use crate::ast::{
-    Block, Expr, ExprKind, For, Load, Macro, Place, Scoped, Slot, Stmt, StmtKind, Target, Tree,
-};
+use crate::ast::{Block, Expr, ExprKind, For, Load, Macro, Place, Scoped, Slot, Stmt, StmtKind, Target, Tree};
 use crate::error::{Error, Result};
 use crate::parser::{Parsed, for_each_child, for_each_child_mut};
 use crate::{checks, filters};
@@ -350,9 +348,10 @@ impl Resolver {
                 let mut seen = HashSet::new();
                 for (up, level) in self.levels.iter().rev().enumerate() {
                     let stores = level.stores.iter().filter(|name| seen.insert((*name).clone()));
-                    locals.extend(stores.filter_map(|name| {
-                        Some((name.clone(), Place { up: up as u32, slot: level.slot(name)? }))
-                    }));
+                    locals.extend(
+                        stores
+                            .filter_map(|name| Some((name.clone(), Place { up: up as u32, slot: level.slot(name)? }))),
+                    );
                 }
             }
             StmtKind::Block { .. } => {}

@@ -62,14 +62,7 @@ fn write(out: &mut Builder, format: &str, time: NaiveDateTime, timestamp: i64) -
     out.push_str(rest)
 }
 
-fn convert(
-    out: &mut Builder,
-    c: char,
-    flags: Flags,
-    spelled: &str,
-    time: NaiveDateTime,
-    timestamp: i64,
-) -> Result<()> {
+fn convert(out: &mut Builder, c: char, flags: Flags, spelled: &str, time: NaiveDateTime, timestamp: i64) -> Result<()> {
     let (day, month) = (DAYS[time.weekday().num_days_from_sunday() as usize], MONTHS[time.month0() as usize]);
     let year = i64::from(time.year());
     let (_, hour12) = time.hour12();

@@ -132,7 +132,11 @@ pub(crate) fn title(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut within = false;
     for (at, c) in text.char_indices() {
-        if within { lower_at(text, at, c, &mut out) } else { title_char(c, &mut out) }
+        if within {
+            lower_at(text, at, c, &mut out)
+        } else {
+            title_char(c, &mut out)
+        }
         within = is_cased(c);
     }
     out

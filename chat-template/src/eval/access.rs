@@ -6,9 +6,7 @@ use super::Evaluator;
 use crate::error::{Error, Result};
 use crate::limits;
 use crate::methods::{self, Found};
-use crate::value::{
-    BlockRef, BoundMethod, Object, Range, Text, Undefined, Value, repr,
-};
+use crate::value::{BlockRef, BoundMethod, Object, Range, Text, Undefined, Value, repr};
 
 fn no_attribute(of: &Value, name: &Text) -> Value {
     Value::Undefined(Rc::new(Undefined::Attribute { of: of.type_name(), name: name.clone() }))
@@ -23,12 +21,10 @@ impl Evaluator<'_> {
         }
         match value {
             Value::Dict(dict) => Ok(dict.get_str(name).cloned().unwrap_or_else(|| no_attribute(value, name))),
-            Value::Object(Object::This) => {
-                Ok(match self.tree.blocks.get_key_value(&**name) {
-                    Some((name, _)) => Value::Object(Object::Block(BlockRef(name.clone()))),
-                    None => no_attribute(value, name),
-                })
-            }
+            Value::Object(Object::This) => Ok(match self.tree.blocks.get_key_value(&**name) {
+                Some((name, _)) => Value::Object(Object::Block(BlockRef(name.clone()))),
+                None => no_attribute(value, name),
+            }),
             _ => Ok(no_attribute(value, name)),
         }
     }
@@ -100,10 +96,11 @@ fn element(value: &Value, index: &Value) -> Result<Option<Value>> {
     Ok(match value {
         Value::List(items) | Value::Tuple(items) => at(items.values.len()).map(|at| items.values[at].clone()),
         Value::Str(text) => match at(text.chars_len()?) {
-            Some(at) if text.is_ascii() => Some(Value::str(&text[at..=at])?),
+            Some(at) if text.is_ascii() => Some(Value::str(&text[at..=at])?.marked_like(text)?),
             Some(at) => {
                 limits::scan(text.len())?;
-                text.chars().nth(at).map(Value::str).transpose()?
+                let c = text.chars().nth(at);
+                c.map(|c| Value::str(c)?.marked_like(text)).transpose()?
             }
             None => None,
         },
@@ -155,11 +152,11 @@ pub(super) fn slice(value: &Value, bounds: [Option<i128>; 3]) -> Result<Value> {
                     true => chars,
                     false => text.char_indices().nth(chars).map_or(text.len(), |(at, _)| at),
                 };
-                return Value::str(&text[offset(start)..offset(stop)]);
+                return Value::str(&text[offset(start)..offset(stop)])?.marked_like(text);
             }
             limits::check_elements(length, size_of::<char>())?;
             let chars: Vec<char> = text.chars().collect();
-            Value::str(bounds.indices().map(|at| chars[at]).collect::<String>())
+            Value::str(bounds.indices().map(|at| chars[at]).collect::<String>())?.marked_like(text)
         }
         Value::List(items) | Value::Tuple(items) => {
             let indices = Bounds::new(bounds, items.values.len())?.indices();

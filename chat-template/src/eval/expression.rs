@@ -228,6 +228,12 @@ pub(crate) fn binary(op: Binary, a: &Value, b: &Value) -> Result<Value> {
     }
     match (op, a, b) {
         (Binary::Modulo, Value::Str(format), values) => percent(format, values),
+        (Binary::Add, Value::Str(a), Value::Str(b)) if a.is_markup() || b.is_markup() => {
+            let mut out = Builder::new();
+            out.push_str(&a.escaped()?)?;
+            out.push_str(&b.escaped()?)?;
+            Ok(Value::Str(out.into_text()?.into_markup()?))
+        }
         (_, Value::Undefined(_), _) => a.check_defined().map(|()| Value::None),
         (_, _, Value::Undefined(_)) => b.check_defined().map(|()| Value::None),
         (Binary::Add, Value::Str(a), Value::Str(b)) => {
@@ -238,9 +244,7 @@ pub(crate) fn binary(op: Binary, a: &Value, b: &Value) -> Result<Value> {
             text.push_str(b);
             Value::str(text)
         }
-        (Binary::Add, Value::List(a), Value::List(b)) => {
-            Value::list(joined(&a.values, &b.values)?)
-        }
+        (Binary::Add, Value::List(a), Value::List(b)) => Value::list(joined(&a.values, &b.values)?),
         (Binary::Add, Value::Tuple(a), Value::Tuple(b)) => Value::tuple(joined(&a.values, &b.values)?),
         (Binary::Multiply, Value::Str(text), count) | (Binary::Multiply, count, Value::Str(text))
             if count.as_int().is_some() =>
@@ -248,7 +252,7 @@ pub(crate) fn binary(op: Binary, a: &Value, b: &Value) -> Result<Value> {
             let count = times(count);
             limits::check_text(text.len().saturating_mul(count))?;
             limits::step(text.len() * count / 256)?;
-            Value::str(text.repeat(count))
+            Value::str(text.repeat(count))?.marked_like(text)
         }
         (Binary::Multiply, Value::List(items), count) | (Binary::Multiply, count, Value::List(items))
             if count.as_int().is_some() =>

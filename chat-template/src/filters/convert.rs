@@ -96,7 +96,11 @@ fn int_of(text: &str, base: i128) -> Option<i128> {
     if prefixed == Some(radix) {
         digits = &digits[2..];
         digits = digits.strip_prefix('_').unwrap_or(digits);
-    } else if base == 0 && digits.len() > 1 && digits.starts_with('0') && digits.bytes().any(|b| !matches!(b, b'0' | b'_')) {
+    } else if base == 0
+        && digits.len() > 1
+        && digits.starts_with('0')
+        && digits.bytes().any(|b| !matches!(b, b'0' | b'_'))
+    {
         return None;
     }
     let mut value: i128 = 0;

@@ -5,7 +5,7 @@ use crate::arguments::CallArgs;
 use crate::error::{Error, Result};
 use crate::limits;
 use crate::unicode::is_space;
-use crate::value::{Builder, Text, Value, collect, iterate};
+use crate::value::{Builder, Text, Value, collect, escape, iterate};
 
 pub(super) fn unsupported(name: &str) -> Result<Value> {
     Err(Error::runtime(format!("filter `{name}` is not supported: a prompt has no HTML links")))
@@ -23,30 +23,12 @@ pub(super) fn filter(name: &str, input: &Value, arguments: CallArgs) -> Result<V
             match name {
                 "urlencode" => url_encode(input),
                 "striptags" => strip_tags(&shown(input)?),
-                "safe" => Ok(Value::Str(shown(input)?)),
-                _ => Ok(Value::Str(escape(&shown(input)?)?)),
+                "safe" => Ok(Value::Str(shown(input)?.into_markup()?)),
+                "forceescape" => Ok(Value::Str(escape(&shown(input)?)?.into_markup()?)),
+                _ => Ok(Value::Str(shown(input)?.escaped()?)),
             }
         }
     }
-}
-
-fn escape(text: &Text) -> Result<Text> {
-    limits::scan(text.len())?;
-    let mut out = Builder::new();
-    let mut rest = &**text;
-    while let Some(at) = rest.find(['&', '<', '>', '\'', '"']) {
-        out.push_str(&rest[..at])?;
-        out.push_str(match rest.as_bytes()[at] {
-            b'&' => "&amp;",
-            b'<' => "&lt;",
-            b'>' => "&gt;",
-            b'\'' => "&#39;",
-            _ => "&#34;",
-        })?;
-        rest = &rest[at + 1..];
-    }
-    out.push_str(rest)?;
-    out.into_text()
 }
 
 fn attributes(input: &Value, space: bool) -> Result<Value> {
@@ -69,9 +51,9 @@ fn attributes(input: &Value, space: bool) -> Result<Value> {
             out.push(' ')?;
         }
         any = true;
-        out.push_str(&escape(key)?)?;
+        out.push_str(&key.escaped()?)?;
         out.push_str("=\"")?;
-        out.push_str(&escape(&shown(value)?)?)?;
+        out.push_str(&shown(value)?.escaped()?)?;
         out.push('"')?;
     }
     Ok(Value::Str(out.into_text()?))

@@ -31,9 +31,7 @@ pub(super) fn filter(input: &Value, arguments: CallArgs) -> Result<Value> {
         }
     };
     let (item_separator, key_separator) = match separators {
-        None | Some(Value::None) => {
-            (Text::free(if indent.is_some() { "," } else { ", " }), Text::free(": "))
-        }
+        None | Some(Value::None) => (Text::free(if indent.is_some() { "," } else { ", " }), Text::free(": ")),
         Some(separators) => match collect(&separators)?.as_slice() {
             [Value::Str(item), Value::Str(key)] => (item.clone(), key.clone()),
             _ => return Err(Error::runtime("tojson: separators must be two texts")),

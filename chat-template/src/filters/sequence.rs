@@ -58,7 +58,7 @@ pub(super) fn filter(name: &str, input: &Value, arguments: CallArgs) -> Result<V
                     Value::Str(text) => {
                         limits::scan(text.len())?;
                         limits::check_text(text.len())?;
-                        Value::str(text.chars().rev().collect::<String>())
+                        Value::str(text.chars().rev().collect::<String>())?.marked_like(text)
                     }
                     other => match reversed(other)? {
                         Some(values) => {

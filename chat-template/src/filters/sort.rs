@@ -20,10 +20,11 @@ pub(super) fn stable_sort(keys: Vec<Value>, reverse: bool) -> Result<Vec<usize>>
             let end = (start + 2 * width).min(keys.len());
             let (mut left, mut right) = (start, middle);
             for place in &mut spare[start..end] {
-                let take_right = left == middle || right < end && {
-                    let (a, b) = (&keys[order[left]], &keys[order[right]]);
-                    if reverse { python_less(a, b)? } else { python_less(b, a)? }
-                };
+                let take_right = left == middle
+                    || right < end && {
+                        let (a, b) = (&keys[order[left]], &keys[order[right]]);
+                        if reverse { python_less(a, b)? } else { python_less(b, a)? }
+                    };
                 let from = if take_right { &mut right } else { &mut left };
                 *place = order[*from];
                 *from += 1;
@@ -43,8 +44,7 @@ impl Evaluator<'_> {
     pub(super) fn filter_sorted(&mut self, name: &str, input: &Value, arguments: CallArgs) -> Result<Value> {
         match name {
             "sort" => {
-                let [reverse, case, attribute] =
-                    arguments.bind(name, ["reverse", "case_sensitive", "attribute"], 0)?;
+                let [reverse, case, attribute] = arguments.bind(name, ["reverse", "case_sensitive", "attribute"], 0)?;
                 let paths = match attribute.unwrap_or(Value::None) {
                     Value::Str(text) => {
                         text.split(',').map(|path| path_of(&Value::str(path)?)).collect::<Result<Vec<_>>>()?
@@ -138,8 +138,7 @@ impl Evaluator<'_> {
     }
 
     fn group_by(&mut self, input: &Value, arguments: CallArgs) -> Result<Value> {
-        let [attribute, default, case] =
-            arguments.bind("groupby", ["attribute", "default", "case_sensitive"], 1)?;
+        let [attribute, default, case] = arguments.bind("groupby", ["attribute", "default", "case_sensitive"], 1)?;
         let path = path_of(&attribute.unwrap_or(Value::None))?;
         let default = default.filter(|default| !default.is_none());
         let case = flag(case);

@@ -46,7 +46,10 @@ pub(super) fn filter(name: &str, input: &Value, arguments: CallArgs) -> Result<V
             let text = shown(input)?;
             limits::scan(text.len())?;
             let stripped = strip(&text, chars.as_deref(), true, true);
-            if stripped.len() == text.len() { Ok(Value::Str(text)) } else { Value::str(stripped) }
+            if stripped.len() == text.len() {
+                return Ok(Value::Str(text));
+            }
+            Value::str(stripped)?.marked_like(&text)
         }
         "center" => {
             let [width] = arguments.bind(name, ["width"], 0)?;
@@ -120,5 +123,5 @@ fn indent(input: &Value, width: Value, first: bool, blank: bool) -> Result<Value
         }
         out.push_str(line)?;
     }
-    Ok(Value::Str(out.into_text()?))
+    Value::Str(out.into_text()?).marked_like(text)
 }

@@ -39,8 +39,7 @@ pub(super) fn filter(name: &str, input: &Value, arguments: CallArgs) -> Result<V
 }
 
 fn truncate(input: &Value, arguments: CallArgs) -> Result<Value> {
-    let [length, kill, end, leeway] =
-        arguments.bind("truncate", ["length", "killwords", "end", "leeway"], 0)?;
+    let [length, kill, end, leeway] = arguments.bind("truncate", ["length", "killwords", "end", "leeway"], 0)?;
     let length = length.map_or(Ok(255), |length| length.need_int())?;
     let end = text_of(end, "...")?;
     let leeway = match leeway {
@@ -64,8 +63,11 @@ fn truncate(input: &Value, arguments: CallArgs) -> Result<Value> {
     };
     let mut out = Builder::new();
     out.push_str(kept)?;
-    out.push_str(&end)?;
-    Ok(Value::Str(out.into_text()?))
+    match text.is_markup() {
+        true => out.push_str(&end.escaped()?)?,
+        false => out.push_str(&end)?,
+    }
+    Value::Str(out.into_text()?).marked_like(text)
 }
 
 fn is_blank(c: char) -> bool {

@@ -1,7 +1,7 @@
 //! `format % values`.
 
-use super::number::{check_precision, general_float, integer_digits};
 use super::ascii;
+use super::number::{check_precision, general_float, integer_digits};
 use crate::error::{Error, Result};
 use crate::limits;
 use crate::value::{Builder, Number, Object, Text, Value, display, repr};
@@ -24,6 +24,8 @@ struct Values<'v> {
     list: &'v [Value],
     used: usize,
     by_key: bool,
+    /// Whether texts are escaped for HTML.
+    escape: bool,
 }
 
 impl<'v> Values<'v> {
@@ -42,15 +44,15 @@ impl<'v> Values<'v> {
 }
 
 /// Python's `%` of a text.
-pub(crate) fn percent(format: &str, values: &Value) -> Result<Value> {
+pub(crate) fn percent(format: &Text, values: &Value) -> Result<Value> {
     limits::scan(format.len())?;
     let list = match values {
         Value::Tuple(items) => items.values.as_slice(),
         single => std::slice::from_ref(single),
     };
-    let mut values = Values { all: values, list, used: 0, by_key: false };
+    let mut values = Values { all: values, list, used: 0, by_key: false, escape: format.is_markup() };
     let mut out = Builder::new();
-    let mut rest = format;
+    let mut rest = &**format;
     while let Some(at) = rest.find('%') {
         limits::step(1)?;
         out.push_str(&rest[..at])?;
@@ -60,7 +62,7 @@ pub(crate) fn percent(format: &str, values: &Value) -> Result<Value> {
     if values.used < values.list.len() && !values.is_mapping() && !values.by_key {
         return Err(Error::runtime("not all arguments converted during string formatting"));
     }
-    Ok(Value::Str(out.into_text()?))
+    Value::Str(out.into_text()?).marked_like(format)
 }
 
 /// Formats one conversion; returns what follows it.
@@ -141,6 +143,7 @@ fn conversion<'f>(format: &'f str, values: &mut Values<'_>, out: &mut Builder) -
                 'r' => Text::new(repr(&value)?)?,
                 _ => Text::new(ascii(&value)?)?,
             };
+            let text = if values.escape { text.escaped()? } else { text };
             let shown = match with.precision {
                 Some(precision) => text.char_indices().nth(precision).map_or(&*text, |(end, _)| &text[..end]),
                 None => &text,
@@ -194,7 +197,12 @@ fn conversion<'f>(format: &'f str, values: &mut Values<'_>, out: &mut Builder) -
                 text = text.to_uppercase();
             }
             let zero = with.zero && number.is_finite();
-            padded(out, sign(number.is_sign_negative() && !number.is_nan(), &with), &text, &Conversion { zero, ..with })?;
+            padded(
+                out,
+                sign(number.is_sign_negative() && !number.is_nan(), &with),
+                &text,
+                &Conversion { zero, ..with },
+            )?;
         }
         other => return Err(Error::runtime(format!("unsupported format character {other:?}"))),
     }

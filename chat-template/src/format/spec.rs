@@ -20,7 +20,8 @@ struct Spec {
 
 impl Spec {
     fn parse(text: &str, of: &str) -> Result<Self> {
-        let invalid = || Error::runtime(format!("invalid format specifier '{}' for '{of}'", crate::error::excerpt(text)));
+        let invalid =
+            || Error::runtime(format!("invalid format specifier '{}' for '{of}'", crate::error::excerpt(text)));
         let mut spec = Self::default();
         let mut chars = text.chars().peekable();
         let mut ahead = text.chars();
@@ -49,7 +50,8 @@ impl Spec {
         spec.width = number(&mut chars).unwrap_or(0);
         spec.grouping = chars.next_if(|c| matches!(c, ',' | '_'));
         if chars.next_if_eq(&'.').is_some() {
-            spec.precision = Some(number(&mut chars).ok_or_else(|| Error::runtime("format specifier missing precision"))?);
+            spec.precision =
+                Some(number(&mut chars).ok_or_else(|| Error::runtime("format specifier missing precision"))?);
         }
         spec.kind = chars.next();
         if chars.next().is_some() { Err(invalid()) } else { Ok(spec) }
@@ -122,7 +124,12 @@ pub(super) fn format_value(out: &mut Builder, value: &Value, spec: &str) -> Resu
             if !matches!(spec.kind, None | Some('s')) {
                 return Err(spec.unknown("str"));
             }
-            if spec.sign.is_some() || spec.no_negative_zero || spec.alternate || spec.grouping.is_some() || spec.align == Some('=') {
+            if spec.sign.is_some()
+                || spec.no_negative_zero
+                || spec.alternate
+                || spec.grouping.is_some()
+                || spec.align == Some('=')
+            {
                 return Err(Error::runtime("sign, `#`, `,`, `_` and `=` are not allowed in a format of a text"));
             }
             let shown = match spec.precision {

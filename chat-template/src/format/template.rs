@@ -15,19 +15,20 @@ struct Fields<'v, 'e, 't> {
     /// The number of the next field without a name; none once fields have numbers.
     next: Option<usize>,
     numbered: bool,
+    /// Whether values are escaped for HTML.
+    escape: bool,
     evaluator: &'e mut Evaluator<'t>,
 }
 
 /// `text.format(...)`.
-pub(crate) fn str_format(text: &str, arguments: CallArgs, evaluator: &mut Evaluator<'_>) -> Result<Value> {
+pub(crate) fn str_format(text: &Text, arguments: CallArgs, evaluator: &mut Evaluator<'_>) -> Result<Value> {
     let CallArgs { positional, keywords } = arguments;
-    let by_name =
-        |name: &str| keywords.iter().find(|(other, _)| **other == *name).map(|(_, value)| value.clone());
+    let by_name = |name: &str| keywords.iter().find(|(other, _)| **other == *name).map(|(_, value)| value.clone());
     run(text, &positional, &by_name, evaluator)
 }
 
 /// `text.format_map(values)`.
-pub(crate) fn str_format_map(text: &str, values: &Value, evaluator: &mut Evaluator<'_>) -> Result<Value> {
+pub(crate) fn str_format_map(text: &Text, values: &Value, evaluator: &mut Evaluator<'_>) -> Result<Value> {
     values.check_defined()?;
     let Value::Dict(dict) = values else {
         return Err(Error::runtime(format!("'{}' object is not a mapping", values.type_name())));
@@ -36,12 +37,13 @@ pub(crate) fn str_format_map(text: &str, values: &Value, evaluator: &mut Evaluat
 }
 
 fn run(
-    text: &str,
+    text: &Text,
     positional: &[Value],
     keywords: &dyn Fn(&str) -> Option<Value>,
     evaluator: &mut Evaluator<'_>,
 ) -> Result<Value> {
-    let mut fields = Fields { positional, keywords, next: Some(0), numbered: false, evaluator };
+    let mut fields =
+        Fields { positional, keywords, next: Some(0), numbered: false, escape: text.is_markup(), evaluator };
     let mut out = Builder::new();
     fields.write(&mut out, text, 2)?;
     Ok(Value::Str(out.into_text()?))
@@ -122,7 +124,18 @@ impl Fields<'_, '_, '_> {
         };
         let mut expanded = Builder::new();
         self.write(&mut expanded, spec, levels - 1)?;
-        format_value(out, &value, expanded.as_str())?;
+        if !self.escape {
+            format_value(out, &value, expanded.as_str())?;
+            return Ok(rest);
+        }
+        let is_markup = matches!(&value, Value::Str(text) if text.is_markup());
+        if is_markup && !expanded.as_str().is_empty() {
+            return Err(Error::runtime("unsupported format specification for Markup"));
+        }
+        let mut formatted = Builder::new();
+        format_value(&mut formatted, &value, expanded.as_str())?;
+        let formatted = formatted.into_text()?;
+        out.push_str(&if is_markup { formatted } else { formatted.escaped()? })?;
         Ok(rest)
     }
 
@@ -146,7 +159,8 @@ impl Fields<'_, '_, '_> {
                 }
                 _ => first.parse().unwrap_or(usize::MAX),
             };
-            let missing = || Error::runtime(format!("Replacement index {index} out of range for positional args tuple"));
+            let missing =
+                || Error::runtime(format!("Replacement index {index} out of range for positional args tuple"));
             self.positional.get(index).cloned().ok_or_else(missing)?
         } else {
             let missing = || Error::runtime(format!("KeyError: '{}'", crate::error::excerpt(first)));

@@ -86,9 +86,7 @@ pub(super) fn call(receiver: &Value, name: &'static str, arguments: CallArgs) ->
             Ok(text) => Value::str(text),
             Err(_) => Err(Error::runtime("the bytes are not UTF-8")),
         },
-        (Value::Bytes(bytes), "hex") => {
-            Value::str(bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>())
-        }
+        (Value::Bytes(bytes), "hex") => Value::str(bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>()),
         _ => Err(no_method(receiver, name)),
     }
 }

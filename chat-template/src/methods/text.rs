@@ -9,14 +9,32 @@ use crate::eval::Evaluator;
 use crate::format;
 use crate::limits::{self, Charge};
 use crate::unicode::{self, is_space};
-use crate::value::{Builder, ELEMENT, Text, Value, iterate};
+use crate::value::{Builder, ELEMENT, Text, Value, collect, display, iterate};
 
 pub(super) fn call(
     text: &Text,
     name: &'static str,
-    arguments: CallArgs,
+    mut arguments: CallArgs,
     evaluator: &mut Evaluator<'_>,
 ) -> Result<Value> {
+    if !text.is_markup() {
+        return call_plain(text, name, arguments, evaluator);
+    }
+    // A text that is marked as safe for HTML escapes what comes in, and gives texts of its kind.
+    match (name, arguments.positional.as_mut_slice()) {
+        ("replace", [_, added, ..]) | ("ljust" | "rjust" | "center", [_, added]) => {
+            *added = Value::Str(display(added)?.escaped()?);
+        }
+        ("join", [items]) => {
+            let escaped = collect(items)?.into_iter().map(|item| Ok(Value::Str(display(&item)?.escaped()?)));
+            *items = Value::list(escaped.collect::<Result<_>>()?)?;
+        }
+        _ => {}
+    }
+    call_plain(text, name, arguments, evaluator)?.into_markup()
+}
+
+fn call_plain(text: &Text, name: &'static str, arguments: CallArgs, evaluator: &mut Evaluator<'_>) -> Result<Value> {
     limits::scan(text.len())?;
     let receiver = Value::Str(text.clone());
     match name {
@@ -133,7 +151,7 @@ pub(crate) fn change_case(text: &Text, name: &str) -> Result<Value> {
         _ => unicode::swap_case(text),
     };
     drop(room);
-    Value::str(changed)
+    Value::str(changed)?.marked_like(text)
 }
 
 /// The predicates: `isdigit` and its kin.
@@ -152,8 +170,9 @@ fn is(text: &str, name: &str) -> Option<bool> {
         "islower" => unicode::is_lower(text),
         "istitle" => unicode::is_title(text),
         "isidentifier" => {
-            text.starts_with(|c: char| c == '_' || unicode::is_alpha(c))
-                && text.chars().all(|c| c == '_' || unicode::is_alpha(c) || unicode::is_decimal(c))
+            // Letters, and numbers that are letters, such as those of Rome.
+            let begins = |c: char| c == '_' || unicode::is_alpha(c) || c.is_alphabetic() && unicode::is_numeric(c);
+            text.starts_with(begins) && text.chars().all(|c| begins(c) || unicode::is_decimal(c))
         }
         _ => return None,
     })
@@ -200,7 +219,7 @@ pub(crate) fn pad(text: &Text, width: usize, fill: char, name: &str) -> Result<V
     out.repeat(fill, left)?;
     out.push_str(text)?;
     out.repeat(fill, missing - left)?;
-    Ok(Value::Str(out.into_text()?))
+    Value::Str(out.into_text()?).marked_like(text)
 }
 
 /// `str.replace`; a negative count replaces all.
@@ -306,10 +325,7 @@ pub(crate) fn split_lines(text: &str, keep_ends: bool) -> Vec<&str> {
     let mut start = 0;
     let mut chars = text.char_indices().peekable();
     while let Some((at, c)) = chars.next() {
-        let is_end = matches!(
-            c,
-            '\n' | '\r' | '\x0b' | '\x0c' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}'
-        );
+        let is_end = matches!(c, '\n' | '\r' | '\x0b' | '\x0c' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}');
         if !is_end {
             continue;
         }

@@ -126,7 +126,9 @@ impl Parser {
                 Token::Op(">") => Comparison::Greater,
                 Token::Op(">=") => Comparison::GreaterOrEqual,
                 Token::Name(name) if name == "in" => Comparison::In,
-                Token::Name(name) if name == "not" && matches!(self.peek_after(), Token::Name(name) if name == "in") => {
+                Token::Name(name)
+                    if name == "not" && matches!(self.peek_after(), Token::Name(name) if name == "in") =>
+                {
                     self.next();
                     Comparison::NotIn
                 }
@@ -433,8 +435,7 @@ impl Parser {
             let line = self.line();
             let name = self.dotted_name()?.into();
             let arguments = if self.is_op("(") { self.arguments()? } else { Arguments::default() };
-            let kind =
-                ExprKind::Filter { input: value.take().map(Box::new), name, arguments: Box::new(arguments) };
+            let kind = ExprKind::Filter { input: value.take().map(Box::new), name, arguments: Box::new(arguments) };
             value = Some(self.node(kind, line)?);
         }
         value.map_or_else(|| self.unexpected("a filter"), Ok)
@@ -460,8 +461,7 @@ impl Parser {
             let argument = self.primary(false)?;
             arguments.positional.push(self.postfix(argument)?);
         }
-        let kind =
-            ExprKind::Test { input: Box::new(value), name: name.into(), arguments: Box::new(arguments) };
+        let kind = ExprKind::Test { input: Box::new(value), name: name.into(), arguments: Box::new(arguments) };
         let test = self.node(kind, line)?;
         if negated { self.node(ExprKind::Unary(Unary::Not, Box::new(test)), line) } else { Ok(test) }
     }

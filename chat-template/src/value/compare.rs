@@ -75,7 +75,15 @@ fn order_of_mixed(a: i128, b: f64) -> Option<Ordering> {
         return Some(Ordering::Greater);
     }
     let whole = b.trunc();
-    Some(a.cmp(&(whole as i128)).then_with(|| if b > whole { Ordering::Less } else if b < whole { Ordering::Greater } else { Ordering::Equal }))
+    Some(a.cmp(&(whole as i128)).then_with(|| {
+        if b > whole {
+            Ordering::Less
+        } else if b < whole {
+            Ordering::Greater
+        } else {
+            Ordering::Equal
+        }
+    }))
 }
 
 /// The order of two values for `<` and its kin: `None` where nothing holds (NaN).

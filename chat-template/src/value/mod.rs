@@ -22,10 +22,11 @@ pub(crate) use self::iter::{Iter, Lazy, collect, is_iterable, iterate, length};
 pub(crate) use self::json::from_json;
 pub(crate) use self::number::{Number, binary as number_binary, float_repr};
 pub(crate) use self::object::{
-    BlockRef, BoundMethod, Cycler, Frame, Global, Joiner, LoopState, MacroValue, Namespace, Object, Range, View, ViewKind,
+    BlockRef, BoundMethod, Cycler, Frame, Global, Joiner, LoopState, MacroValue, Namespace, Object, Range, View,
+    ViewKind,
 };
 pub(crate) use self::print::{display, display_into, repr};
-pub(crate) use self::text::{Builder, Text};
+pub(crate) use self::text::{Builder, Text, escape};
 
 /// A value of a template.
 #[derive(Clone)]
@@ -98,6 +99,22 @@ impl Items {
 impl Value {
     pub(crate) fn str(text: impl Into<String>) -> Result<Self> {
         Ok(Self::Str(Text::new(text.into())?))
+    }
+
+    /// Marks a text, or the texts of a list or tuple, as safe for HTML.
+    pub(crate) fn into_markup(self) -> Result<Self> {
+        let all = |items: &Items| items.values.iter().cloned().map(Self::into_markup).collect::<Result<Vec<_>>>();
+        match self {
+            Self::Str(text) => Ok(Self::Str(text.into_markup()?)),
+            Self::List(items) => Self::list(all(&items)?),
+            Self::Tuple(items) => Self::tuple(all(&items)?),
+            other => Ok(other),
+        }
+    }
+
+    /// Marks the value where `text` is marked.
+    pub(crate) fn marked_like(self, text: &Text) -> Result<Self> {
+        if text.is_markup() { self.into_markup() } else { Ok(self) }
     }
 
     pub(crate) fn list(values: Vec<Self>) -> Result<Self> {

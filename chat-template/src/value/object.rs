@@ -251,10 +251,8 @@ impl Object {
                 ViewKind::Values => "dict_values",
                 ViewKind::Items => "dict_items",
             },
-            Self::Lazy(lazy) => match lazy.kind() {
-                "list_reverseiterator" => "list_reverseiterator",
-                _ => "generator",
-            },
+            Self::Lazy(lazy) if lazy.kind().contains("do_") => "generator",
+            Self::Lazy(lazy) => lazy.kind(),
             Self::Namespace(_) => "Namespace",
             Self::Macro(_) => "Macro",
             Self::Loop(_) => "LoopContext",

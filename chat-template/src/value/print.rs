@@ -54,6 +54,11 @@ impl Printer<'_> {
             Value::Bool(false) => self.out.push_str("False"),
             Value::Int(value) => self.out.push_str(&value.to_string()),
             Value::Float(value) => self.out.push_str(&float_repr(*value)),
+            Value::Str(text) if text.is_markup() => {
+                self.out.push_str("Markup(")?;
+                quoted(self.out, text)?;
+                self.out.push(')')
+            }
             Value::Str(text) => quoted(self.out, text),
             Value::Bytes(bytes) => self.bytes(bytes),
             Value::List(items) => self.sequence('[', items, ']'),
@@ -169,8 +174,8 @@ impl Printer<'_> {
                 let length = state.length.get().unwrap_or(index);
                 self.out.push_str(&format!("<LoopContext {index}/{length}>"))
             }
-            Object::Lazy(lazy) if lazy.kind() == "list_reverseiterator" => {
-                self.out.push_str(&format!("<list_reverseiterator object at {:#x}>", lazy.address()))
+            Object::Lazy(lazy) if !lazy.kind().contains("do_") => {
+                self.out.push_str(&format!("<{} object at {:#x}>", lazy.kind(), lazy.address()))
             }
             Object::Lazy(lazy) => {
                 self.out.push_str(&format!("<generator object {} at {:#x}>", lazy.kind(), lazy.address()))

@@ -14,6 +14,8 @@ pub(crate) struct Text(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     text: String,
+    /// Marked as safe for HTML: what is added to it is escaped.
+    markup: bool,
     _charge: Charge,
 }
 
@@ -21,12 +23,30 @@ impl Text {
     pub(crate) fn new(text: String) -> Result<Self> {
         limits::check_text(text.len())?;
         let charge = Charge::new(text.capacity().max(32) + 80)?;
-        Ok(Self(Arc::new(Inner { text, _charge: charge })))
+        Ok(Self(Arc::new(Inner { text, markup: false, _charge: charge })))
     }
 
     /// A text of the template or of the caller.
     pub(crate) fn free(text: impl Into<String>) -> Self {
-        Self(Arc::new(Inner { text: text.into(), _charge: Charge::FREE }))
+        Self(Arc::new(Inner { text: text.into(), markup: false, _charge: Charge::FREE }))
+    }
+
+    /// The same text, marked as safe for HTML: Python's `Markup`.
+    pub(crate) fn into_markup(self) -> Result<Self> {
+        if self.0.markup {
+            return Ok(self);
+        }
+        let charge = Charge::new(self.len() + 80)?;
+        Ok(Self(Arc::new(Inner { text: self.to_string(), markup: true, _charge: charge })))
+    }
+
+    pub(crate) fn is_markup(&self) -> bool {
+        self.0.markup
+    }
+
+    /// The text escaped for HTML and marked as safe. What is marked already stays.
+    pub(crate) fn escaped(&self) -> Result<Self> {
+        if self.0.markup { Ok(self.clone()) } else { escape(self)?.into_markup() }
     }
 
     pub(crate) fn is_same(&self, other: &Self) -> bool {
@@ -52,6 +72,26 @@ impl Deref for Text {
     fn deref(&self) -> &str {
         &self.0.text
     }
+}
+
+/// Escapes a text for HTML.
+pub(crate) fn escape(text: &str) -> Result<Text> {
+    limits::scan(text.len())?;
+    let mut out = Builder::new();
+    let mut rest = text;
+    while let Some(at) = rest.find(['&', '<', '>', '\'', '"']) {
+        out.push_str(&rest[..at])?;
+        out.push_str(match rest.as_bytes()[at] {
+            b'&' => "&amp;",
+            b'<' => "&lt;",
+            b'>' => "&gt;",
+            b'\'' => "&#39;",
+            _ => "&#34;",
+        })?;
+        rest = &rest[at + 1..];
+    }
+    out.push_str(rest)?;
+    out.into_text()
 }
 
 /// Puts a text together and checks its size before it grows.
