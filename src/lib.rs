@@ -44,7 +44,7 @@ pub use error::{Error, Result};
 pub use executor::options::{FinishReason, GenerationOptions, TokenLogprob};
 pub use executor::scheduler::{Finish, GeneratedToken, GenerationEvent};
 pub use executor::stream::{GenerationStream, TextStream, TokenStream};
-pub use executor::tokenizer::{ChatMessage, Tokenizer};
+pub use executor::tokenizer::{ChatMessage, ChatOptions, Tokenizer};
 pub use executor::{
     ExecutorOptions, Generation, HeterogeneousPipelineExecutor, PrefixStats, StageMemory, StageStats, WarmupReport,
 };

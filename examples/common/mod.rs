@@ -16,7 +16,7 @@ use anyhow::{Context, Result, bail};
 use candle_pipeline::error::one_line;
 use candle_pipeline::weights::WeightType;
 use candle_pipeline::{
-    ChatMessage, DEMO_MODEL, DeviceSpec, ExecutorOptions, GenerationOptions, HeterogeneousPipeline,
+    ChatMessage, ChatOptions, DEMO_MODEL, DeviceSpec, ExecutorOptions, GenerationOptions, HeterogeneousPipeline,
     HeterogeneousPipelineExecutor, Isa, KvType, LinkOptions, MeasuredSplit, MetalExtOptions, Objective,
     PipelineOptions, SimulatedLink, Split, StageStats, Tokenizer, WireType,
 };
@@ -77,6 +77,9 @@ pub struct Flags {
     /// Wrap the prompt in the model's chat template.
     #[arg(long)]
     pub chat: bool,
+    /// A variable of the chat template, as JSON or text: `enable_thinking=false`. May be repeated.
+    #[arg(long, value_name = "NAME=VALUE", requires = "chat", value_parser = parse_chat_var)]
+    pub chat_var: Vec<(String, serde_json::Value)>,
     /// Tokens to generate at most.
     #[arg(long, default_value_t = 400)]
     pub max_tokens: usize,
@@ -234,8 +237,10 @@ impl Flags {
         let Some(tokenizer) = tokenizer else {
             bail!("{} has no tokenizer: give the prompt as --token-ids", self.model);
         };
+        let variables = self.chat_var.iter().cloned().collect();
+        let options = ChatOptions::prompt().with_variables(variables);
         let encode = |text: String| match self.chat {
-            true => tokenizer.encode_chat(&[ChatMessage::user(text)]),
+            true => tokenizer.encode_chat_with(&[ChatMessage::user(text)], &options),
             false => tokenizer.encode(&text, true),
         };
         Ok(texts.into_iter().map(encode).collect::<candle_pipeline::Result<_>>()?)
@@ -276,6 +281,12 @@ impl Deref for Loaded {
 pub fn parse_ids(list: &str) -> Result<Vec<u32>> {
     let id = |id: &str| id.trim().parse().with_context(|| format!("--token-ids: `{id}` is no token id"));
     list.split(',').filter(|id| !id.trim().is_empty()).map(id).collect()
+}
+
+/// `NAME=VALUE`; a value that is not JSON is a text.
+fn parse_chat_var(text: &str) -> Result<(String, serde_json::Value)> {
+    let (name, value) = text.split_once('=').with_context(|| format!("`{text}`: expected NAME=VALUE"))?;
+    Ok((name.to_owned(), serde_json::from_str(value).unwrap_or_else(|_| value.into())))
 }
 
 fn parse_dtype(name: &str) -> Result<WeightType> {

@@ -1,26 +1,73 @@
-//! Chat templates: a conversation made into the text that the model was trained on. They are written for Python's Jinja
-//! as transformers sets it up, so what minijinja does in another way, or not at all, is supplied here.
+//! Chat templates: a conversation made into the text that the model was trained on. The template crate renders them;
+//! this file passes it what transformers passes.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
-use minijinja::value::{Kwargs, ValueKind};
-use minijinja::{Environment, Value};
+use candle_pipeline_template::{Limits, Template};
+use serde_json::{Map, Value, json};
 
 use super::{ChatMessage, Tokenizer};
 use crate::error::{Error, Result};
 
 /// A template ready to be rendered, or why it does not compile.
-pub(super) type Compiled = std::result::Result<Environment<'static>, String>;
+pub(super) type Compiled = std::result::Result<Template, String>;
+
+/// What a chat template is given beside the messages.
+#[derive(Debug, Clone, Default, PartialEq)]
+#[non_exhaustive]
+pub struct ChatOptions {
+    /// Whether the text ends where the assistant's next message begins.
+    pub add_generation_prompt: bool,
+    /// Tools that the model may call, usually as JSON schemas. Without them the template sees none.
+    pub tools: Option<Vec<Value>>,
+    /// Documents that the model may quote, usually objects with a `title` and a `text`.
+    pub documents: Option<Vec<Value>>,
+    /// Variables that the model's template knows, such as `enable_thinking`. They hide special tokens of the same name.
+    pub variables: Map<String, Value>,
+}
+
+impl ChatOptions {
+    /// Options for a prompt: the text ends where the assistant's message begins.
+    pub fn prompt() -> Self {
+        Self { add_generation_prompt: true, ..Self::default() }
+    }
+
+    /// Sets the tools.
+    pub fn with_tools(mut self, tools: Vec<Value>) -> Self {
+        self.tools = Some(tools);
+        self
+    }
+
+    /// Sets the documents.
+    pub fn with_documents(mut self, documents: Vec<Value>) -> Self {
+        self.documents = Some(documents);
+        self
+    }
+
+    /// Sets all variables.
+    pub fn with_variables(mut self, variables: Map<String, Value>) -> Self {
+        self.variables = variables;
+        self
+    }
+
+    /// Sets one variable.
+    pub fn with_variable(mut self, name: impl Into<String>, value: impl Into<Value>) -> Self {
+        self.variables.insert(name.into(), value.into());
+        self
+    }
+}
 
 impl Tokenizer {
     /// The text that the model's template makes of a conversation, special tokens spelled out in it.
     /// `add_generation_prompt` ends it where the assistant's next message begins.
     ///
-    /// Templates are rendered as transformers does: the same whitespace rules and the same variables and functions
-    /// (`strftime_now` gives UTC).
+    /// Templates are rendered as transformers does, within the default [`Limits`] of the template crate.
     pub fn apply_chat_template(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<String> {
-        let environment = match &self.shared.chat {
-            Some(Ok(environment)) => environment,
+        self.apply_chat_template_with(messages, &ChatOptions { add_generation_prompt, ..ChatOptions::default() })
+    }
+
+    /// The same with tools, documents and variables of the template.
+    pub fn apply_chat_template_with(&self, messages: &[ChatMessage], options: &ChatOptions) -> Result<String> {
+        let template = match &self.shared.chat {
+            Some(Ok(template)) => template,
             Some(Err(reason)) => {
                 return Err(Error::ChatTemplate(format!(
                     "it does not compile: {reason}; give the prompt as plain text"
@@ -34,220 +81,43 @@ impl Tokenizer {
                 ));
             }
         };
-        let messages: Vec<Value> = messages
-            .iter()
-            .map(|message| Value::from_pairs([("role", &message.role), ("content", &message.content)]))
-            .collect();
-        let mut variables = vec![
-            ("messages", Value::from(messages)),
-            ("add_generation_prompt", Value::from(add_generation_prompt)),
-            // Defined and None, as transformers passes them: templates ask `tools is not none`.
-            ("tools", Value::from(())),
-            ("documents", Value::from(())),
+        let messages = serde_json::to_value(messages).map_err(|error| Error::ChatTemplate(error.to_string()))?;
+        let mut variables: Map<String, Value> =
+            self.shared.named.iter().map(|(name, text)| (name.clone(), json!(text))).collect();
+        variables.extend(options.variables.clone());
+        // Tools and documents are defined and none where there are none: templates ask `tools is not none`.
+        let fixed = [
+            ("messages", messages),
+            ("tools", json!(options.tools)),
+            ("documents", json!(options.documents)),
+            ("add_generation_prompt", json!(options.add_generation_prompt)),
         ];
-        variables.extend(self.shared.named.iter().map(|(name, text)| (name.as_str(), Value::from(text))));
-        let rendered = environment.get_template(TEMPLATE).and_then(|template| {
-            // The state of a rendering is the caller's; nothing of it is kept.
-            template.render(Value::from_pairs(variables))
-        });
-        rendered.map_err(|error| Error::ChatTemplate(error.to_string()))
+        for (name, value) in fixed {
+            if options.variables.contains_key(name) {
+                return Err(Error::InvalidOption {
+                    option: "variables",
+                    reason: format!("`{name}` is no variable of its own: it has a place in the call or in the options"),
+                });
+            }
+            variables.insert(name.to_owned(), value);
+        }
+        template.render(&variables).map_err(|error| Error::ChatTemplate(error.to_string()))
     }
 
     /// The prompt for the assistant's next message in a conversation. The template writes the special tokens, so none
     /// are added to it.
     pub fn encode_chat(&self, messages: &[ChatMessage]) -> Result<Vec<u32>> {
-        self.encode(&self.apply_chat_template(messages, true)?, false)
+        self.encode_chat_with(messages, &ChatOptions::prompt())
+    }
+
+    /// The same with tools, documents and variables of the template.
+    pub fn encode_chat_with(&self, messages: &[ChatMessage], options: &ChatOptions) -> Result<Vec<u32>> {
+        self.encode(&self.apply_chat_template_with(messages, options)?, false)
     }
 }
-
-/// The one template's name in its environment. Without an extension nothing is escaped.
-const TEMPLATE: &str = "chat template";
 
 pub(super) fn compile(source: String) -> Compiled {
-    let mut environment = Environment::new();
-    // `trim_blocks` and `lstrip_blocks` are what transformers sets, and templates count on it.
-    let syntax = environment.syntax().to_builder().trim_blocks(true).lstrip_blocks(true).build();
-    environment.set_syntax(syntax.map_err(|error| error.to_string())?);
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    environment.add_filter("tojson", to_json);
-    environment.add_function("raise_exception", |message: String| -> std::result::Result<String, minijinja::Error> {
-        Err(minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, message))
-    });
-    environment.add_function("strftime_now", |format: String| {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        strftime(&format, now.as_secs())
-    });
-    let source = without_generation_tags(&source);
-    environment.add_template_owned(TEMPLATE, source).map_err(|error| error.to_string())?;
-    Ok(environment)
-}
-
-/// `{% generation %}` marks what the assistant said, for training; it changes nothing in the text. Jinja does not know
-/// it (transformers adds it), so it becomes an `if` that is always taken.
-fn without_generation_tags(source: &str) -> String {
-    let mut out = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(start) = rest.find("{%") {
-        let (before, tag) = rest.split_at(start);
-        let Some(end) = tag.find("%}") else { break };
-        let (tag, after) = tag.split_at(end + 2);
-        let inside = tag[2..end].trim_matches(['-', '+']);
-        out.push_str(before);
-        match inside.trim() {
-            "generation" => out.push_str(&tag.replace("generation", "if true")),
-            "endgeneration" => out.push_str(&tag.replace("endgeneration", "endif")),
-            _ => out.push_str(tag),
-        }
-        rest = after;
-    }
-    out + rest
-}
-
-/// Python's `json.dumps(value, ensure_ascii=False, indent=indent)`, which is what transformers' filter is; the one of
-/// Jinja escapes for HTML.
-fn to_json(value: &Value, kwargs: Kwargs) -> std::result::Result<String, minijinja::Error> {
-    let indent: Option<usize> = kwargs.get("indent")?;
-    if kwargs.get::<Option<bool>>("ensure_ascii")? == Some(true) {
-        let reason = "tojson(ensure_ascii=true) is not supported";
-        return Err(minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, reason));
-    }
-    kwargs.assert_all_used()?;
-    let mut out = String::new();
-    write_json(&mut out, value, indent, 0)?;
-    Ok(out)
-}
-
-fn write_json(
-    out: &mut String,
-    value: &Value,
-    indent: Option<usize>,
-    depth: usize,
-) -> std::result::Result<(), minijinja::Error> {
-    let new_line = |out: &mut String, depth: usize| {
-        if let Some(indent) = indent {
-            out.push('\n');
-            out.extend(std::iter::repeat_n(' ', indent * depth));
-        }
-    };
-    // A comma is followed by a space, or by a new line where there is an indent.
-    let comma = if indent.is_some() { "," } else { ", " };
-    match value.kind() {
-        ValueKind::Undefined | ValueKind::None => out.push_str("null"),
-        // A template writes Python's `True`.
-        ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),
-        ValueKind::Number => out.push_str(&value.to_string()),
-        ValueKind::Map => {
-            out.push('{');
-            let mut empty = true;
-            for key in value.try_iter()? {
-                out.push_str(if empty { "" } else { comma });
-                empty = false;
-                new_line(out, depth + 1);
-                out.push_str(&json_text(&key));
-                out.push_str(": ");
-                write_json(out, &value.get_item(&key)?, indent, depth + 1)?;
-            }
-            if !empty {
-                new_line(out, depth);
-            }
-            out.push('}');
-        }
-        ValueKind::Seq | ValueKind::Iterable => {
-            out.push('[');
-            let mut empty = true;
-            for item in value.try_iter()? {
-                out.push_str(if empty { "" } else { comma });
-                empty = false;
-                new_line(out, depth + 1);
-                write_json(out, &item, indent, depth + 1)?;
-            }
-            if !empty {
-                new_line(out, depth);
-            }
-            out.push(']');
-        }
-        _ => out.push_str(&json_text(value)),
-    }
-    Ok(())
-}
-
-fn json_text(value: &Value) -> String {
-    serde_json::Value::from(value.to_string()).to_string()
-}
-
-/// The directives of C's `strftime` that templates use, in UTC.
-fn strftime(format: &str, unix_seconds: u64) -> String {
-    const DAYS: [&str; 7] = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"];
-    const MONTHS: [&str; 12] = [
-        "January",
-        "February",
-        "March",
-        "April",
-        "May",
-        "June",
-        "July",
-        "August",
-        "September",
-        "October",
-        "November",
-        "December",
-    ];
-    let days = unix_seconds / 86_400;
-    let (hour, minute, second) = (unix_seconds / 3600 % 24, unix_seconds / 60 % 60, unix_seconds % 60);
-    // Howard Hinnant's `civil_from_days`: years begin in March, so that the leap day is the last one.
-    let shifted = days + 719_468;
-    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month_from_march = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    let leap = year.is_multiple_of(4) && !year.is_multiple_of(100) || year.is_multiple_of(400);
-    let ordinal = if month > 2 { day_of_year + 60 + u64::from(leap) } else { day_of_year - 305 };
-    let (day_name, month_name) = (DAYS[((days + 3) % 7) as usize], MONTHS[(month - 1) as usize]);
-    let twelve = if hour.is_multiple_of(12) { 12 } else { hour % 12 };
-
-    let mut out = String::new();
-    let mut directives = format.chars();
-    while let Some(c) = directives.next() {
-        if c != '%' {
-            out.push(c);
-            continue;
-        }
-        let mut directive = directives.next();
-        // `%-d` is glibc's way to ask for no leading zero.
-        let bare = directive == Some('-');
-        if bare {
-            directive = directives.next();
-        }
-        let two = |n: u64| if bare { n.to_string() } else { format!("{n:02}") };
-        match directive {
-            Some('Y') => out.push_str(&year.to_string()),
-            Some('y') => out.push_str(&two(year % 100)),
-            Some('m') => out.push_str(&two(month)),
-            Some('B') => out.push_str(month_name),
-            Some('b' | 'h') => out.push_str(&month_name[..3]),
-            Some('d') => out.push_str(&two(day)),
-            Some('e') => out.push_str(&format!("{day:2}")),
-            Some('j') => out.push_str(&if bare { ordinal.to_string() } else { format!("{ordinal:03}") }),
-            Some('A') => out.push_str(day_name),
-            Some('a') => out.push_str(&day_name[..3]),
-            Some('H') => out.push_str(&two(hour)),
-            Some('I') => out.push_str(&two(twelve)),
-            Some('M') => out.push_str(&two(minute)),
-            Some('S') => out.push_str(&two(second)),
-            Some('p') => out.push_str(if hour < 12 { "AM" } else { "PM" }),
-            Some('F') => out.push_str(&format!("{year}-{month:02}-{day:02}")),
-            Some('T') => out.push_str(&format!("{hour:02}:{minute:02}:{second:02}")),
-            Some('Z') => out.push_str("UTC"),
-            Some('z') => out.push_str("+0000"),
-            Some('%') => out.push('%'),
-            Some(other) => out.extend(['%', other]),
-            None => out.push('%'),
-        }
-    }
-    out
+    Template::compile(&source, &Limits::default()).map_err(|error| error.to_string())
 }
 
 #[cfg(test)]
@@ -370,13 +240,67 @@ mod tests {
             render("a\n{%- generation -%}\n b{% endgeneration %}{% if generation is defined %}c{% endif %}"),
             "ab"
         );
-        assert_eq!(strftime("%d %b %Y, %A %H:%M:%S", 0), "01 Jan 1970, Thursday 00:00:00");
-        assert_eq!(
-            strftime("%Y-%m-%d %j %-d.%-m. %I %p %y %a %B %%", 951_827_696),
-            "2000-02-29 060 29.2. 12 PM 00 Tue February %"
-        );
-        assert_eq!(strftime("%F %T %j %e%q%", 1_735_689_599), "2024-12-31 23:59:59 366 31%q%");
-        assert_eq!(strftime("%F %j", 1_740_787_200), "2025-03-01 060");
         assert_eq!(render("{{ strftime_now('%Y')|length }}"), "4");
+    }
+
+    #[test]
+    fn maps_keep_the_order_they_were_given_in() {
+        let render = |template: &str| chat_model(template).apply_chat_template(&[ChatMessage::user("Hi")], true).unwrap();
+        assert_eq!(render("{{ messages[0] | tojson }}"), r#"{"role": "user", "content": "Hi"}"#);
+        assert_eq!(render("{% for k, v in {'z': 1, 'a': 2}.items() %}{{ k }}={{ v }};{% endfor %}"), "z=1;a=2;");
+        let call = "{{ {'type': 'function', 'name': 'f', 'arguments': {'z': 1, 'a': 2}} | tojson }}";
+        assert_eq!(render(call), r#"{"type": "function", "name": "f", "arguments": {"z": 1, "a": 2}}"#);
+
+        let tool: Value = serde_json::from_str(r#"{"name": "f", "args": {"z": 1, "b": 2, "a": 3}}"#).unwrap();
+        let options = ChatOptions::prompt().with_tools(vec![tool]);
+        let text = chat_model("{{ tools | tojson }}").apply_chat_template_with(&[], &options).unwrap();
+        assert_eq!(text, r#"[{"name": "f", "args": {"z": 1, "b": 2, "a": 3}}]"#);
+    }
+
+    #[test]
+    fn carriage_returns_end_lines_in_a_template() {
+        let render = |template: &str| chat_model(template).apply_chat_template(&[], true).unwrap();
+        assert_eq!(render("a\r\n{% if true %}\r\nb\r\n{% endif %}\r\nc\r\n"), "a\nb\nc");
+        assert_eq!(render("a\r  {% if true %}\rb{% endif %}\r"), "a\nb");
+        assert_eq!(render("{{ 'x\r\ny' }}"), "x\ny");
+    }
+
+    #[test]
+    fn what_is_not_given_is_none_and_empty() {
+        let tokenizer = chat_model(
+            "{% if tools is iterable and tools | length > 0 %}[tools]{% endif %}{% for m in messages %}\
+             {% if m.tool_calls | length > 0 %}[call]{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}\
+             {{ documents is none }}{{ tools is none }}",
+        );
+        assert_eq!(tokenizer.apply_chat_template(&[ChatMessage::user("Hi")], true).unwrap(), "<user>HiTrueTrue");
+    }
+
+    #[test]
+    fn tools_documents_and_variables_reach_the_template() {
+        let tokenizer = chat_model(
+            "{{ tools[0].name }}{{ documents | length }}{{ enable_thinking }}{{ bos_token }}{{ add_generation_prompt }}",
+        );
+        let options = ChatOptions::default()
+            .with_tools(vec![json!({"name": "f"})])
+            .with_documents(vec![json!({"title": "t"}), json!({})])
+            .with_variable("enable_thinking", false)
+            .with_variable("bos_token", "B");
+        assert_eq!(tokenizer.apply_chat_template_with(&[], &options).unwrap(), "f2FalseBFalse");
+        assert_eq!(tokenizer.apply_chat_template(&[], true).unwrap_err().kind(), "chat_template");
+        let tokens = tokenizer.encode_chat_with(&[], &options).unwrap();
+        assert_eq!(tokenizer.decode(&tokens, false).unwrap(), "f2FalseBFalse");
+
+        let error = tokenizer.apply_chat_template_with(&[], &ChatOptions::prompt().with_variable("messages", 1));
+        assert!(matches!(error, Err(Error::InvalidOption { option: "variables", .. })), "{error:?}");
+    }
+
+    #[test]
+    fn a_template_cannot_take_the_process_down() {
+        let terms = format!("{{{{ {}1 }}}}", "1+".repeat(8000));
+        let broken = chat_model(&terms);
+        let error = broken.apply_chat_template(&[], true).unwrap_err().to_string();
+        assert!(error.contains("does not compile") && error.contains("limit `nesting`"), "{error}");
+        let error = chat_model("{{ 'abc' | indent(1000000000000, true) }}").apply_chat_template(&[], true).unwrap_err();
+        assert!(error.to_string().contains("limit `text`"), "{error}");
     }
 }

@@ -15,6 +15,7 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
+pub use self::chat_template::ChatOptions;
 pub use self::incremental::IncrementalDecoder;
 pub use self::stop_strings::{StopMatch, StopStringMatcher};
 use crate::error::{Error, Result};
@@ -104,17 +105,10 @@ impl Tokenizer {
         let config = read_json(&dir.join("tokenizer_config.json"))?.unwrap_or_default();
         let special_tokens_map = read_json(&dir.join("special_tokens_map.json"))?.unwrap_or_default();
 
-        let mut named = BTreeMap::new();
-        for name in ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"] {
-            // A text, or an AddedToken object that holds it; null where the model has no such token.
-            let text = |json: &serde_json::Value| {
-                let token = json.get(name)?;
-                token.as_str().or_else(|| token.get("content")?.as_str()).map(str::to_owned)
-            };
-            let text = if config.get(name).is_some() { text(&config) } else { text(&special_tokens_map) };
-            if let Some(text) = text {
-                named.insert(name.to_owned(), text);
-            }
+        // transformers looks into the second file only where the first one does not list the added tokens.
+        let mut named = named_tokens(&config);
+        if config.get("added_tokens_decoder").is_none() {
+            named.extend(named_tokens(&special_tokens_map));
         }
 
         let jinja = dir.join("chat_template.jinja");
@@ -196,6 +190,24 @@ fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>> {
 
 fn read_json(path: &Path) -> Result<Option<serde_json::Value>> {
     read_if_there(path)?.map(|bytes| files::parse_json(path, &bytes)).transpose()
+}
+
+/// Names of special tokens with their texts, as transformers passes them to a chat template: every field that ends in
+/// `_token`, and the names that a model gives to tokens of its own.
+fn named_tokens(json: &serde_json::Value) -> BTreeMap<String, String> {
+    // A text, or an AddedToken object that holds it; null where the model has no such token.
+    let text = |token: &serde_json::Value| token.as_str().or_else(|| token.get("content")?.as_str()).map(str::to_owned);
+    let mut named = BTreeMap::new();
+    for (name, token) in json.as_object().into_iter().flatten() {
+        if name.ends_with("_token") {
+            named.extend(text(token).map(|text| (name.clone(), text)));
+        }
+    }
+    for group in ["additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"] {
+        let tokens = json.get(group).and_then(serde_json::Value::as_object).into_iter().flatten();
+        named.extend(tokens.filter_map(|(name, token)| Some((name.clone(), text(token)?))));
+    }
+    named
 }
 
 /// A `chat_template` field: one template, or several with names of which "default" is meant.
