@@ -125,6 +125,17 @@ pub enum Error {
         limit: usize,
     },
 
+    /// The model gave a logit that is infinite or NaN, from which no token can be chosen.
+    #[error(
+        "the model's logit for token {token} is {logit}: a weight is infinite or NaN, or arithmetic overflowed; check the model's files against their checksums, or try another file, `kv_type` or device"
+    )]
+    LogitsNotFinite {
+        /// The first such token's id.
+        token: usize,
+        /// Its logit.
+        logit: f32,
+    },
+
     /// A stage returned an error for a step; the sequences in that step end with this.
     #[error("stage {stage} ({device}) failed: {reason}")]
     StageFailed {
@@ -201,6 +212,7 @@ impl Error {
             Error::PromptTooLong { .. } => "prompt_too_long",
             Error::KvCacheTooSmall { .. } => "kv_cache_too_small",
             Error::Busy { .. } => "busy",
+            Error::LogitsNotFinite { .. } => "logits_not_finite",
             Error::StageFailed { .. } => "stage_failed",
             Error::StagePanicked { .. } => "stage_panicked",
             Error::SchedulerPanicked { .. } => "scheduler_panicked",

@@ -373,7 +373,8 @@ impl Kernel for Quantise<'_> {
             // SAFETY: 32 values are two vectors; the destination is this row's own block.
             unsafe {
                 let (low, high) = (S::load(values.as_ptr()), S::load(values.as_ptr().add(LANES)));
-                let greatest = S::greatest(S::max(S::abs(low), S::abs(high)));
+                // Of an infinite value or NaN the scale is that too and carries it to the product's results.
+                let greatest = S::greatest_abs(low, high);
                 let scale = greatest / 127.0;
                 // Below that the quotient would be infinite; such values count as zeros.
                 let inverse = S::splat(if greatest > SMALLEST { 127.0 / greatest } else { 0.0 });

@@ -501,15 +501,17 @@ impl Dense for f16 {
     #[inline(always)]
     unsafe fn store<S: Simd>(to: *mut f16, values: S::F) {
         unsafe {
-            // The greatest that there is instead of infinity: even times a weight of 0 that would not be a number.
+            // Values beyond F16 become its greatest: infinity times a weight of 0 would be NaN. Infinite values become
+            // NaN, so that arithmetic that went wrong shows in the logits.
             let most = S::splat(f16::MAX.to_f32_const());
             let least = S::splat(f16::MIN.to_f32_const());
-            S::store_f16(to, S::max(least, S::min(most, values)));
+            let limited = S::max(least, S::min(most, values));
+            S::store_f16(to, S::sub(limited, S::sub(values, values)));
         }
     }
 }
 
-/// The greatest absolute value of a group.
+/// The greatest absolute value of a group; NaN if any value is NaN.
 ///
 /// # Safety
 /// As of [`Simd`].
@@ -517,7 +519,7 @@ impl Dense for f16 {
 pub(super) unsafe fn greatest<S: Simd>(group: &[f32]) -> f32 {
     assert!(group.len() == GROUP);
     // SAFETY: a group is two vectors.
-    unsafe { S::greatest(S::max(S::abs(S::load(group.as_ptr())), S::abs(S::load(group.as_ptr().add(LANES))))) }
+    unsafe { S::greatest_abs(S::load(group.as_ptr()), S::load(group.as_ptr().add(LANES))) }
 }
 
 /// `group / scale`, rounded to bytes; zeros where the scale is 0.

@@ -618,9 +618,14 @@ mod tests {
                     input.values_mut()[..4].copy_from_slice(&[f32::MAX / 1e6, -1e30, 1e-40, 0.0]);
                     input.prepare(&pool, isa, [dtype].into_iter());
                     assert!(product(&matrix, &input, &pool, isa).iter().all(|v| v.is_finite()), "{dtype} {isa}");
-                    input.values_mut()[5] = f32::INFINITY;
-                    input.prepare(&pool, isa, [dtype].into_iter());
-                    assert!(product(&matrix, &input, &pool, isa).iter().all(|v| !v.is_finite()), "{dtype} {isa}");
+                    // In each half of a block, and in each half of a vector.
+                    for (lost, column) in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN].into_iter().zip([5, 40, 250]) {
+                        let kept = std::mem::replace(&mut input.values_mut()[column], lost);
+                        input.prepare(&pool, isa, [dtype].into_iter());
+                        let found = product(&matrix, &input, &pool, isa);
+                        assert!(found.iter().all(|v| !v.is_finite()), "{dtype} {isa}, {lost} in {column}: {found:?}");
+                        input.values_mut()[column] = kept;
+                    }
                 }
             }
         }

@@ -105,6 +105,11 @@ impl Simd for Scalar {
         a.into_iter().fold(f32::NEG_INFINITY, |a, b| if a > b { a } else { b })
     }
     #[inline(always)]
+    unsafe fn greatest_abs(a: Self::F, b: Self::F) -> f32 {
+        let bits = a.into_iter().chain(b).map(|v| v.to_bits() & 0x7fff_ffff);
+        f32::from_bits(bits.fold(0, |a, b| if a > b { a } else { b }))
+    }
+    #[inline(always)]
     unsafe fn load_f16(from: *const f16) -> Self::F {
         each(unsafe { from.cast::<[f16; LANES]>().read_unaligned() }, f16::to_f32)
     }
