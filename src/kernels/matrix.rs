@@ -22,6 +22,7 @@ use super::formats::{Format, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8
 use super::input::{Cut, Input, TILE};
 use super::pool::Pool;
 use super::simd::{Isa, LANES, Simd};
+use super::size;
 #[cfg(target_arch = "x86_64")]
 use super::tiles::rounded::{self, Stored};
 #[cfg(target_arch = "x86_64")]
@@ -109,9 +110,10 @@ impl Matrix {
         }
         let groups = n.div_ceil(LANES);
         // BF16 goes by two columns.
-        let padded = if dtype == WeightType::BF16 { row_bytes.next_multiple_of(4) } else { row_bytes };
+        let padded = if dtype == WeightType::BF16 { row_bytes.checked_next_multiple_of(4)? } else { row_bytes };
+        let total = size::product_of(&[groups, padded, LANES])?;
         let group_bytes = padded * LANES;
-        let mut data = Buffer::zeroed(groups.checked_mul(group_bytes)?);
+        let mut data = Buffer::zeroed(total);
         let out = Pointer(data.as_mut_slice().as_mut_ptr());
         pool.for_each(groups, |group| {
             let out = &out;
@@ -231,7 +233,8 @@ pub fn multiply(pool: &Pool, isa: Isa, input: &Input, products: &mut [Product]) 
     let m = input.rows();
     for product in products.iter() {
         let (n, k) = (product.matrix.n, product.matrix.k);
-        assert!(k == input.columns() && product.out.len() == m * n, "product of {m} inputs with wrong sizes");
+        let results = size::product("results of a product", [m, n]);
+        assert!(k == input.columns() && product.out.len() == results, "product of {m} inputs with wrong sizes");
         let blocks = input.blocks().len();
         let wanted = k / SUB * rows_in_blocks(input, isa);
         assert!(!needs_blocks(product.matrix.dtype) || blocks == wanted, "the input has not been quantised");
@@ -247,8 +250,8 @@ pub fn multiply(pool: &Pool, isa: Isa, input: &Input, products: &mut [Product]) 
         assert!(needs_tiles(product.matrix.dtype, isa).iter().all(is_cut), "the input has not been cut");
     }
     // A task is a run of groups of one matrix. Four at a time, which is how dense ones are multiplied.
-    let work: usize = products.iter().map(|p| p.matrix.n * p.matrix.k).sum();
-    let parts = if work * m < PARALLEL_FROM || pool.threads() == 1 { 1 } else { pool.threads() * PARTS };
+    let work = products.iter().fold(0usize, |work, p| work.saturating_add(p.matrix.n.saturating_mul(p.matrix.k)));
+    let parts = if work.saturating_mul(m) < PARALLEL_FROM || pool.threads() == 1 { 1 } else { pool.threads() * PARTS };
     let total: usize = products.iter().map(|p| p.matrix.n.div_ceil(LANES)).sum();
     let run = total.div_ceil(parts).next_multiple_of(4);
     let mut tasks = Vec::with_capacity(parts + products.len());
@@ -632,6 +635,15 @@ mod tests {
     }
 
     #[test]
+    #[should_panic(expected = "product of 2 inputs with wrong sizes")]
+    fn results_that_do_not_fit_are_refused() {
+        let pool = Pool::new(1).unwrap();
+        let (_, matrix) = matrix(WeightType::F32, 4, 32);
+        let input = inputs(2, 0, 32, &pool, Isa::SCALAR);
+        multiply(&pool, Isa::SCALAR, &input, &mut [Product { matrix: &matrix, out: &mut [0.0; 7] }]);
+    }
+
+    #[test]
     fn wrong_sizes_are_no_matrix() {
         let pool = Pool::new(1).unwrap();
         let pack = |dtype, bytes: usize, n, k| Matrix::pack(&pool, dtype, &vec![0; bytes], n, k);
@@ -639,5 +651,10 @@ mod tests {
         assert!(pack(WeightType::Q8_0, 34, 1, 33).is_none());
         assert!(pack(WeightType::F32, 0, 0, 4).is_none());
         assert!(pack(WeightType::F16, 4, usize::MAX, 4).is_none());
+        // As many bytes as there are once the product has wrapped.
+        for (n, k) in [(1 << 62, 1), (1 << 32, 1 << 30), (1, 1 << 62), (usize::MAX / 4 + 2, 1)] {
+            let wrapped = n.wrapping_mul(k).wrapping_mul(4);
+            assert!(pack(WeightType::F32, wrapped, n, k).is_none(), "{n} x {k}");
+        }
     }
 }

@@ -36,7 +36,7 @@ const RELEASE_UNIT: usize = if cfg!(any(target_arch = "x86", target_arch = "x86_
 
 /// Takes the pages that lie wholly within `range` out of this process. They come back from the file when touched.
 pub(super) fn release_pages(map: &Mmap, range: Range<usize>) {
-    let start = range.start.next_multiple_of(RELEASE_UNIT);
+    let start = range.start.checked_next_multiple_of(RELEASE_UNIT).unwrap_or(usize::MAX);
     let end = range.end.min(map.len()) / RELEASE_UNIT * RELEASE_UNIT;
     if start < end {
         drop_pages(map, start, end - start);
@@ -89,6 +89,7 @@ mod tests {
         assert_eq!(slice, &bytes[10..290_000]);
         release_pages(&map, 5..6);
         release_pages(&map, 0..usize::MAX / RELEASE_UNIT * RELEASE_UNIT);
+        release_pages(&map, usize::MAX - 1..usize::MAX);
         assert_eq!(&map[..], &bytes[..]);
     }
 
