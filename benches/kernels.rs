@@ -6,13 +6,11 @@
 use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
-use candle_pipeline::kernels::attention::{AttentionRows, AttentionShape, attend};
-use candle_pipeline::kernels::input::Input;
-use candle_pipeline::kernels::kv::{KvType, LayerKv, Strided};
-use candle_pipeline::kernels::matrix::{Matrix, Product, multiply};
-use candle_pipeline::kernels::pool::Pool;
-use candle_pipeline::kernels::simd::Isa;
+use candle_pipeline::internals::{
+    AttentionRows, AttentionShape, Input, LayerKv, Matrix, Pool, Product, Strided, attend, multiply,
+};
 use candle_pipeline::weights::WeightType;
+use candle_pipeline::{Isa, KvType};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
 /// A projection of TinyLlama's MLP.

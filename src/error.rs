@@ -110,6 +110,14 @@ pub enum Error {
         limit: usize,
     },
 
+    /// The model gave a logit that is infinite or NaN, from which no token can be chosen.
+    LogitsNotFinite {
+        /// The first such token's id.
+        token: usize,
+        /// Its logit.
+        logit: f32,
+    },
+
     /// A stage returned an error for a step; the sequences in that step end with this.
     StageFailed {
         /// Index of the stage.
@@ -188,6 +196,7 @@ impl Error {
             Error::PromptTooLong { .. } => "prompt_too_long",
             Error::KvCacheTooSmall { .. } => "kv_cache_too_small",
             Error::Busy { .. } => "busy",
+            Error::LogitsNotFinite { .. } => "logits_not_finite",
             Error::StageFailed { .. } => "stage_failed",
             Error::StagePanicked { .. } => "stage_panicked",
             Error::SchedulerPanicked { .. } => "scheduler_panicked",
@@ -231,6 +240,10 @@ impl Error {
             Error::Busy { waiting, limit } => format!(
                 "the executor is busy: {waiting} requests wait and `queue_limit` is {limit}; try again later, or raise \
                  the limit (None lets any number wait)"
+            ),
+            Error::LogitsNotFinite { token, logit } => format!(
+                "the model's logit for token {token} is {logit}: a weight is infinite or NaN, or arithmetic overflowed; \
+                 check the model's files against their checksums, or try another file, `kv_type` or device"
             ),
             Error::StageFailed { stage, device, reason } => format!("stage {stage} ({device}) failed: {reason}"),
             Error::StagePanicked { stage, device, reason } => {

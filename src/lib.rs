@@ -31,7 +31,7 @@
 pub mod error;
 mod files;
 pub mod weights;
-pub mod kernels;
+pub(crate) mod kernels;
 pub mod instrument;
 pub mod device;
 pub mod model;
@@ -54,6 +54,18 @@ pub use metal_ext::{ColumnsPerThreadgroup, MetalExtOptions, SoftmaxBackend};
 pub use pipeline::plan::{Objective, Plan};
 pub use pipeline::transfer::{LinkOptions, SimulatedLink, WireType};
 pub use pipeline::{HeterogeneousPipeline, MeasuredSplit, PipelineOptions, Split, StagePlan};
+
+/// Kernels, for this project's own benches, tests and tools. Not part of the API: any of it may change at any time.
+#[doc(hidden)]
+pub mod internals {
+    pub use crate::kernels::attention::{AttentionRows, AttentionShape, attend};
+    pub use crate::kernels::dequantise;
+    pub use crate::kernels::input::Input;
+    pub use crate::kernels::kv::{LayerKv, Strided};
+    pub use crate::kernels::matrix::{Matrix, Product, multiply};
+    pub use crate::kernels::pool::Pool;
+    pub use crate::kernels::tile_rate;
+}
 
 /// The small trained model that comes with the sources, so that everything runs without a download: stories in simple
 /// English, Llama architecture, 8 layers.

@@ -21,7 +21,10 @@ fn root() -> PathBuf {
 /// Module names in the order of lib.rs.
 fn modules() -> Vec<String> {
     let lib = std::fs::read_to_string(root().join("lib.rs")).unwrap();
-    let modules = lib.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';'));
+    let modules = lib.lines().filter_map(|line| {
+        let line = line.strip_prefix("pub(crate) ").or_else(|| line.strip_prefix("pub "))?;
+        line.strip_prefix("mod ")?.strip_suffix(';')
+    });
     let modules: Vec<String> = modules.map(str::to_string).collect();
     assert!(modules.len() >= 8, "{modules:?}");
     modules
@@ -51,6 +54,13 @@ fn a_module_uses_only_those_above_it() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn kernels_are_no_public_module() {
+    let lib = std::fs::read_to_string(root().join("lib.rs")).unwrap();
+    assert!(lib.lines().any(|line| line == "pub(crate) mod kernels;"), "kernels are public");
+    assert!(modules().contains(&"kernels".to_string()));
 }
 
 #[test]

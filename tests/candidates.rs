@@ -12,7 +12,7 @@ use candle_pipeline::backend::{
 };
 use candle_pipeline::instrument::{HiddenRow, Watch};
 use candle_pipeline::{
-    DEMO_MODEL, ExecutorOptions, Generation, GenerationOptions, HeterogeneousPipelineExecutor, Result,
+    DEMO_MODEL, Error, ExecutorOptions, Generation, GenerationOptions, HeterogeneousPipelineExecutor, Result,
 };
 use common::stages::most_likely;
 use common::{executor, executor_with};
@@ -37,7 +37,7 @@ struct Shared {
 impl Searching {
     fn answer(&self, slice: &SequenceSlice, logits: Vec<f32>) -> Prediction {
         let k = match (self.shared.always.load(Ordering::SeqCst), slice.wanted) {
-            (0, Wanted::Best(k)) if k < logits.len() => k,
+            (0, Wanted::Best(k)) if k < logits.len() && logits.iter().all(|logit| logit.is_finite()) => k,
             (0, _) => {
                 self.shared.logits.fetch_add(1, Ordering::SeqCst);
                 return Prediction::Logits(logits);
@@ -83,11 +83,15 @@ impl StageBackend for Searching {
 }
 
 async fn searching() -> (HeterogeneousPipelineExecutor, Arc<Shared>) {
+    searching_in(DEMO_MODEL).await
+}
+
+async fn searching_in(model: &str) -> (HeterogeneousPipelineExecutor, Arc<Shared>) {
     let shared = Arc::<Shared>::default();
     let given = shared.clone();
     let wrap = move |_, inner| -> Box<dyn StageBackend> { Box::new(Searching { inner, shared: given.clone() }) };
     let options = ExecutorOptions { wrap_backend: Some(Arc::new(wrap)), ..ExecutorOptions::default() };
-    (executor_with(DEMO_MODEL, "cpu,cpu", Some(&[4, 4]), options).await.unwrap(), shared)
+    (executor_with(model, "cpu,cpu", Some(&[4, 4]), options).await.unwrap(), shared)
 }
 
 fn prompt(seed: u32) -> Vec<u32> {
@@ -180,4 +184,29 @@ async fn a_stage_that_answers_something_else_than_was_wanted_fails_the_request()
     // The others go on.
     shared.always.store(0, Ordering::SeqCst);
     assert_eq!(searching.infer_with(&prompt(1), &greedy()).await.unwrap().tokens.len(), TOKENS);
+}
+
+#[tokio::test]
+async fn a_row_that_is_not_finite_fails_as_it_does_with_all_logits() {
+    let folder = tempfile::tempdir().unwrap();
+    for file in ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(format!("{DEMO_MODEL}/{file}"), folder.path().join(file)).unwrap();
+    }
+    let mut tensors =
+        candle_core::safetensors::load(format!("{DEMO_MODEL}/model.safetensors"), &candle_core::Device::Cpu).unwrap();
+    let norm = tensors.get_mut("model.norm.weight").unwrap();
+    let mut values: Vec<f32> = norm.to_dtype(candle_core::DType::F32).unwrap().to_vec1().unwrap();
+    values[100] = f32::INFINITY;
+    *norm = Tensor::from_vec(values, norm.dims(), &candle_core::Device::Cpu).unwrap();
+    candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors")).unwrap();
+    let model = folder.path().to_str().unwrap();
+    let plain = executor(model, "cpu,cpu", Some(&[4, 4])).await.unwrap();
+    let (searching, shared) = searching_in(model).await;
+    for (options, _) in cases() {
+        let wanted = plain.infer_with(&prompt(1), &options).await.unwrap_err();
+        let found = searching.infer_with(&prompt(1), &options).await.unwrap_err();
+        assert!(matches!(wanted, Error::LogitsNotFinite { .. }), "{wanted}");
+        assert_eq!(found.to_string(), wanted.to_string(), "{options:?}");
+    }
+    assert_eq!(shared.best.load(Ordering::SeqCst), 0);
 }

@@ -10,6 +10,8 @@ constexpr constant ushort LISTS = 16; // a lane's lists
 
 constexpr constant uint TAKEN = 0;     // what is no value, or not any more
 constexpr constant uint NOT_A_NUMBER = 1; // below minus infinity
+constexpr constant uint MINUS_INFINITE = 0x007fffffu;
+constexpr constant uint INFINITE = 0xff800000u;
 constexpr constant uint NOWHERE = 0xffffffffu;
 
 // Ordered as the value; minus zero is zero.
@@ -37,7 +39,7 @@ inline uint2 best_of_lanes(uint2 own) {
 kernel void top_k_pieces(
     device const float* values [[buffer(0)]],
     device uint2* lists [[buffer(1)]],   // (rows, lists, k)
-    device uint* first_nan [[buffer(2)]], // (rows, lists): the lowest place of a NaN, or NOWHERE
+    device uint* first_not_finite [[buffer(2)]], // (rows, lists): the lowest place, or NOWHERE
     constant TopKParams& p [[buffer(3)]],
     uint2 group [[threadgroup_position_in_grid]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]],
@@ -50,7 +52,7 @@ kernel void top_k_pieces(
     device const float* row = values + ulong(group.y) * p.stride;
     const uint start = list * FOURS * 128 + lane * 4;
     uint keys[FOURS * 4];
-    uint nan = NOWHERE;
+    uint lost = NOWHERE;
     for (ushort i = 0; i < FOURS; i++) {
         const uint at = start + i * 128;
         float4 four = float4(0.0f);
@@ -65,14 +67,14 @@ kernel void top_k_pieces(
                 key = key_of(row[at + j]);
             }
             keys[i * 4 + j] = key;
-            if (key == NOT_A_NUMBER) {
-                nan = min(nan, at + j);
+            if (key == NOT_A_NUMBER || key == INFINITE || key == MINUS_INFINITE) {
+                lost = min(lost, at + j);
             }
         }
     }
-    nan = simd_min(nan);
+    lost = simd_min(lost);
     if (lane == 0) {
-        first_nan[group.y * p.lists + list] = nan;
+        first_not_finite[group.y * p.lists + list] = lost;
     }
 
     device uint2* out = lists + (ulong(group.y) * p.lists + list) * p.k;
@@ -104,10 +106,10 @@ kernel void top_k_pieces(
 
 kernel void top_k_merge(
     device const uint2* lists [[buffer(0)]],
-    device const uint* first_nan [[buffer(1)]],
+    device const uint* first_not_finite [[buffer(1)]],
     device uint* places [[buffer(2)]],      // (rows, k)
     device float* values [[buffer(3)]],     // (rows, k)
-    device uint* row_first_nan [[buffer(4)]], // (rows)
+    device uint* row_first_not_finite [[buffer(4)]], // (rows)
     constant TopKParams& p [[buffer(5)]],
     uint row [[threadgroup_position_in_grid]],
     ushort lane [[thread_index_in_simdgroup]])
@@ -115,19 +117,19 @@ kernel void top_k_merge(
     device const uint2* from = lists + ulong(row) * p.lists * p.k;
     uint2 heads[LISTS]; // the best that each of the lane's lists has left
     ushort used[LISTS];
-    uint nan = NOWHERE;
+    uint lost = NOWHERE;
     for (ushort i = 0; i < LISTS; i++) {
         const uint list = i * 32 + lane;
         used[i] = 0;
         heads[i] = uint2(TAKEN, NOWHERE);
         if (list < p.lists) {
             heads[i] = from[list * p.k];
-            nan = min(nan, first_nan[row * p.lists + list]);
+            lost = min(lost, first_not_finite[row * p.lists + list]);
         }
     }
-    nan = simd_min(nan);
+    lost = simd_min(lost);
     if (lane == 0) {
-        row_first_nan[row] = nan;
+        row_first_not_finite[row] = lost;
     }
     for (uint turn = 0; turn < p.k; turn++) {
         uint2 own = uint2(TAKEN, NOWHERE);

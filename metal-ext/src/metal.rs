@@ -152,7 +152,7 @@ impl Encoder for MetalEncoder<'_> {
                     self.commands.set_bytes_directly(index, bytes.len(), bytes.as_ptr().cast());
                 }
                 Argument::Read(region) | Argument::Write(region) | Argument::Update(region, _) => {
-                    let (end, len) = (region.offset + region.span, region.buffer.length());
+                    let (end, len) = (region.offset.saturating_add(region.span), region.buffer.length());
                     if end > len {
                         let bound = format!("bytes {}..{end} of a buffer of {len} are bound", region.offset);
                         return Err(gpu(dispatch, bound));

@@ -1,8 +1,8 @@
 //! The most likely tokens of each row of logits, found where the logits are: a step then reads back a few ids instead of
 //! the vocabulary. The kernels are in `kernels/top_k.metal`.
 //!
-//! The order is the sampler's: the greatest logit first, the lowest id first among equals. NaN comes behind everything,
-//! and the lowest id that has one is told, since whoever samples must refuse such logits.
+//! The order is the sampler's: the greatest logit first, the lowest id first among equals, NaN last. The lowest id whose
+//! logit is infinite or NaN is reported, since a sampler refuses such logits.
 
 use crate::encoder::{Dispatch, Encoder, Region};
 use crate::error::{Error, Result};
@@ -24,8 +24,8 @@ pub const MOST_LOGITS: usize = 32 * 16 * PIECE;
 /// Most tokens of a row. Each takes a turn of both passes, so that many of them are better searched for elsewhere.
 pub const MOST_K: usize = 256;
 
-/// In [`TopK::first_nan`]: no logit is NaN.
-pub const NO_NAN: u32 = u32::MAX;
+/// In [`TopK::first_not_finite`]: no logit is infinite or NaN.
+pub const ALL_FINITE: u32 = u32::MAX;
 
 /// Two dispatches: the `k` greatest logits of each row, in order. With `k = 1` that is argmax.
 #[derive(Debug)]
@@ -44,8 +44,8 @@ pub struct TopK<'a, B> {
     pub ids: Region<'a, B>,
     /// Where their logits go: (rows, k) floats.
     pub values: Region<'a, B>,
-    /// Where the lowest id whose logit is NaN goes, or [`NO_NAN`]: (rows) u32.
-    pub first_nan: Region<'a, B>,
+    /// Where the lowest id whose logit is infinite or NaN goes, or [`ALL_FINITE`]: (rows) u32.
+    pub first_not_finite: Region<'a, B>,
     /// Memory between the dispatches, [`scratch_bytes`] of it.
     pub scratch: Region<'a, B>,
 }
@@ -77,7 +77,7 @@ impl<'a, B> TopK<'a, B> {
             ("logits", self.logits.offset, 16),
             ("ids", self.ids.offset, 4),
             ("values", self.values.offset, 4),
-            ("first_nan", self.first_nan.offset, 4),
+            ("first_not_finite", self.first_not_finite.offset, 4),
             ("scratch", self.scratch.offset, 8),
         ] {
             if !offset.is_multiple_of(unit) {
@@ -94,19 +94,19 @@ impl<'a, B> TopK<'a, B> {
         let lists = vocab_size.div_ceil(PIECE);
         let params = TopKParams { n: vocab_size as u32, stride: self.stride as u32, k: k as u32, lists: lists as u32 };
         let candidates = self.scratch.spanning(rows * lists * k * 8);
-        let nans = self.scratch.after(rows * lists * k * 8).spanning(rows * lists * 4);
+        let lost = self.scratch.after(rows * lists * k * 8).spanning(rows * lists * 4);
         let pieces = Dispatch::new(&LIBRARY, "top_k_pieces")
             .read(0, self.logits.rows(rows, vocab_size * 4, self.stride * 4))
             .write(1, candidates)
-            .write(2, nans)
+            .write(2, lost)
             .bytes(3, params.to_bytes())
             .grid([lists.div_ceil(SIMDGROUPS), rows, 1], [32 * SIMDGROUPS, 1, 1]);
         let merge = Dispatch::new(&LIBRARY, "top_k_merge")
             .read(0, candidates)
-            .read(1, nans)
+            .read(1, lost)
             .write(2, self.ids.spanning(rows * k * 4))
             .write(3, self.values.spanning(rows * k * 4))
-            .write(4, self.first_nan.spanning(rows * 4))
+            .write(4, self.first_not_finite.spanning(rows * 4))
             .bytes(5, params.to_bytes())
             .grid([rows, 1, 1], [32, 1, 1]);
         Ok([pieces, merge])

@@ -71,7 +71,7 @@ fn a_token_goes_from_logits_to_its_embedding_without_the_host() {
     logits[1100] = 7.0;
     let logits = GpuBuffer::from_floats(&logits);
     let weights = Weights::random(&mut Rng(2), Format::F16, 1200, 40);
-    let (ids, values, first_nan) = (GpuBuffer::new(4), GpuBuffer::new(4), GpuBuffer::new(4));
+    let (ids, values, first_not_finite) = (GpuBuffer::new(4), GpuBuffer::new(4), GpuBuffer::new(4));
     let (scratch, out) = (GpuBuffer::new(scratch_bytes(1200, 1, 1)), GpuBuffer::new(40 * 4));
     let mut encoder = Gpu::new(Check::AllOrders);
     let top_k = TopK {
@@ -82,7 +82,7 @@ fn a_token_goes_from_logits_to_its_embedding_without_the_host() {
         k: 1,
         ids: Region::at(&ids, 0),
         values: Region::at(&values, 0),
-        first_nan: Region::at(&first_nan, 0),
+        first_not_finite: Region::at(&first_not_finite, 0),
         scratch: Region::at(&scratch, 0),
     };
     top_k.encode(&mut encoder).unwrap();

@@ -7,10 +7,10 @@ use common::Rng;
 #[cfg(not(target_os = "macos"))]
 use common::Shortened;
 use common::gpu::{Check, Gpu, GpuBuffer};
-use metal_ext::sampling::{MOST_LOGITS, NO_NAN, TopK, scratch_bytes};
+use metal_ext::sampling::{ALL_FINITE, MOST_LOGITS, TopK, scratch_bytes};
 use metal_ext::{DryRun, Encoder, Region};
 
-/// The k greatest of each row by id and value, and the first NaN.
+/// The k greatest of each row by id and value, and the first id that is infinite or NaN.
 type Found = (Vec<Vec<(u32, f32)>>, Vec<u32>);
 
 fn find(
@@ -27,7 +27,7 @@ fn find(
     }
     let logits = GpuBuffer::from_floats(&spread);
     let (ids, values) = (GpuBuffer::new(rows.len() * k * 4), GpuBuffer::new(rows.len() * k * 4));
-    let first_nan = GpuBuffer::new(rows.len() * 4);
+    let first_not_finite = GpuBuffer::new(rows.len() * 4);
     let scratch = GpuBuffer::new(scratch_bytes(vocab_size, rows.len(), k));
     let top_k = TopK {
         logits: Region::at(&logits, 0),
@@ -37,13 +37,13 @@ fn find(
         k,
         ids: Region::at(&ids, 0),
         values: Region::at(&values, 0),
-        first_nan: Region::at(&first_nan, 0),
+        first_not_finite: Region::at(&first_not_finite, 0),
         scratch: Region::at(&scratch, 0),
     };
     top_k.encode(encoder)?;
     let integers = |buffer: &GpuBuffer| -> Vec<u32> { buffer.floats().iter().map(|v| v.to_bits()).collect() };
     let both: Vec<(u32, f32)> = integers(&ids).into_iter().zip(values.floats()).collect();
-    Ok((both.chunks(k).map(<[_]>::to_vec).collect(), integers(&first_nan)))
+    Ok((both.chunks(k).map(<[_]>::to_vec).collect(), integers(&first_not_finite)))
 }
 
 /// The same by sorting: NaN last, the lowest id first among equals.
@@ -57,20 +57,20 @@ fn sorted(rows: &[Vec<f32>], k: usize) -> Found {
         all.truncate(k);
         all
     };
-    let nan = |row: &Vec<f32>| row.iter().position(|v| v.is_nan()).map_or(NO_NAN, |id| id as u32);
-    (rows.iter().map(top).collect(), rows.iter().map(nan).collect())
+    let lost = |row: &Vec<f32>| row.iter().position(|v| !v.is_finite()).map_or(ALL_FINITE, |id| id as u32);
+    (rows.iter().map(top).collect(), rows.iter().map(lost).collect())
 }
 
 fn check(check: Check, rows: &[Vec<f32>], k: usize, what: &str) {
-    let (got, got_nan) = find(&mut Gpu::new(check), rows, 8, k).unwrap();
-    let (want, want_nan) = sorted(rows, k);
+    let (got, got_lost) = find(&mut Gpu::new(check), rows, 8, k).unwrap();
+    let (want, want_lost) = sorted(rows, k);
     for (row, (got, want)) in got.iter().zip(&want).enumerate() {
         for (rank, (got, want)) in got.iter().zip(want).enumerate() {
             let same = got.0 == want.0 && (got.1 == want.1 || got.1.is_nan() && want.1.is_nan());
             assert!(same, "{what}: rank {rank} of row {row} is {got:?}, expected {want:?}");
         }
     }
-    assert_eq!(got_nan, want_nan, "{what}");
+    assert_eq!(got_lost, want_lost, "{what}");
 }
 
 #[test]
@@ -147,7 +147,7 @@ fn a_dry_run_counts_the_logits_once() {
         k: 1,
         ids: nothing,
         values: nothing,
-        first_nan: nothing,
+        first_not_finite: nothing,
         scratch: nothing,
     };
     let mut list = DryRun::new();

@@ -122,7 +122,7 @@ fn compiled(library: &'static KernelLibrary, kernel: &str, check: Check) -> crat
 
 /// The region's bytes in its buffer.
 fn range(region: &Region<'_, CpuBuffer>) -> std::result::Result<Range<usize>, String> {
-    let (range, len) = (region.offset..region.offset + region.span, region.buffer.len());
+    let (range, len) = (region.offset..region.offset.saturating_add(region.span), region.buffer.len());
     match range.end <= len {
         true => Ok(range),
         false => Err(format!("bytes {range:?} of a buffer of {len} are bound")),

@@ -142,7 +142,8 @@ pub fn finish_logits(config: &DecoderConfig, mut logits: Vec<f32>) -> Vec<f32> {
         logits.iter_mut().for_each(|value| *value *= factor);
     }
     if let Some(cap) = config.final_logit_softcapping.map(|cap| cap as f32) {
-        logits.iter_mut().for_each(|value| *value = cap * (*value / cap).tanh());
+        // An infinite logit is not capped but becomes NaN, so that it is refused.
+        logits.iter_mut().for_each(|value| *value = cap * (*value / cap).tanh() - (*value - *value));
     }
     logits
 }

@@ -140,8 +140,8 @@ pub enum Prediction {
     /// `vocab_size` values.
     Logits(Vec<f32>),
     /// As many of the most likely tokens as were wanted, fewer than the vocabulary has, with their logits: the most likely
-    /// first, the lowest id first among equals. Never of a row from which nothing can be chosen, since a logit is NaN or
-    /// all are minus infinity: what is reported of that needs them all.
+    /// first, the lowest id first among equals. Never of a row in which any logit is infinite or NaN: the error that reports
+    /// it needs all logits.
     Best(Vec<(u32, f32)>),
 }
 

@@ -3,6 +3,7 @@
 use memmap2::MmapMut;
 
 use super::simd::LANES;
+use super::size;
 
 /// Alignment of every buffer: a cache line, and the widest vector.
 pub const ALIGNMENT: usize = 64;
@@ -44,7 +45,7 @@ impl Buffer {
             let _ = map.advise(memmap2::Advice::HugePage);
             return Buffer { memory: Memory::Mapped(map), len };
         }
-        let bytes = vec![0u8; len + ALIGNMENT];
+        let bytes = vec![0u8; size::end("a buffer's bytes", len, ALIGNMENT)];
         let start = bytes.as_ptr().align_offset(ALIGNMENT);
         Buffer { memory: Memory::Heap { bytes, start }, len }
     }
@@ -78,8 +79,9 @@ impl Default for Values {
 impl Values {
     /// `len` values, whatever is in them, from a multiple of [`ALIGNMENT`] on.
     pub fn room(&mut self, len: usize) -> &mut [f32] {
-        if self.0.len < len * size_of::<f32>() {
-            self.0 = Buffer::zeroed(len * size_of::<f32>());
+        let bytes = size::bytes_of::<f32>("values", len);
+        if self.0.len < bytes {
+            self.0 = Buffer::zeroed(bytes);
         }
         let start = self.0.as_mut_slice().as_mut_ptr();
         // SAFETY: there is room for them, any bytes are numbers, and the memory is borrowed as the result is.
@@ -106,6 +108,18 @@ mod tests {
             buffer.as_mut_slice().fill(7);
             assert!(buffer.as_slice().iter().all(|&b| b == 7));
         }
+    }
+
+    #[test]
+    #[should_panic(expected = "values: [4611686018427387904, 4] multiplied is more than memory can have")]
+    fn room_for_more_values_than_memory_has_is_refused() {
+        let _ = Values::default().room(1 << 62);
+    }
+
+    #[test]
+    #[should_panic(expected = "a buffer's bytes: 64 from 18446744073709551615 on end beyond any number")]
+    fn a_buffer_that_no_memory_has_is_refused() {
+        Buffer::zeroed(usize::MAX);
     }
 
     #[test]

@@ -146,8 +146,9 @@ pub trait Format: 'static {
         }
     }
 
-    /// Widens the block of row `row`. `group` is a packed block.
+    /// Widens row `row` of `group`, a packed block, to `out`.
     fn unpack_row(group: &[u8], row: usize, out: &mut [f32]) {
+        assert!(group.len() == Self::PACKED && row < LANES && out.len() == Self::COLUMNS, "no row {row} of a block");
         // SAFETY: plain Rust, and the block is whole.
         let scales = |sub| unsafe { Self::scales::<super::simd::scalar::Scalar>(group.as_ptr(), sub) };
         let planes = &group[Self::HEADER * LANES..];

@@ -8,6 +8,7 @@ use half::bf16;
 use super::pool::Pool;
 use super::rows::{RowsMut, each_row};
 use super::simd::{Isa, Kernel, LANES, Simd};
+use super::size;
 
 /// Columns that share a scale.
 pub const BLOCK: usize = 32;
@@ -133,13 +134,15 @@ impl Input {
     /// `bf16_rows` of them meet weights in BF16 where there are tiles, unless these are F32.
     pub fn reset(&mut self, rows: usize, bf16_rows: usize, columns: usize) -> &mut [f32] {
         assert!(bf16_rows <= rows, "{bf16_rows} of {rows} rows");
+        let len = size::product("rows and columns of an input", [rows, columns]);
+        if self.values.len() < len {
+            self.values.resize(len, 0.0);
+        }
+        // Once there is room, so that the sizes are true even if an allocation has failed.
         (self.rows, self.bf16_rows, self.columns) = (rows, bf16_rows, columns);
         (self.quantised, self.rounded, self.halved) = (0, false, false);
         self.tiles.iter_mut().for_each(|tiles| tiles.made = false);
-        if self.values.len() < rows * columns {
-            self.values.resize(rows * columns, 0.0);
-        }
-        &mut self.values[..rows * columns]
+        &mut self.values[..len]
     }
 
     /// Bytes that it keeps.
@@ -185,8 +188,9 @@ impl Input {
     /// Makes the 8-bit blocks of the first rows. The length of the rows must be a multiple of [`BLOCK`].
     pub fn quantise(&mut self, pool: &Pool, isa: Isa, rows: usize) {
         assert!(self.columns.is_multiple_of(BLOCK), "rows of {} values are no whole blocks", self.columns);
+        assert!(rows <= self.rows, "blocks of {rows} rows of {}", self.rows);
         let columns = self.columns;
-        let count = columns / BLOCK * rows;
+        let count = size::product("blocks of an input", [columns / BLOCK, rows]);
         if self.blocks.len() < count {
             self.blocks.resize(count, InputBlock::default());
         }
@@ -216,7 +220,7 @@ impl Input {
     /// Makes the pairs: each value is rounded to the nearest, ties to even.
     pub fn round(&mut self, pool: &Pool, isa: Isa) {
         let (rows, columns) = (self.rows, self.columns);
-        let count = columns.div_ceil(2) * rows;
+        let count = size::product("pairs of an input", [columns.div_ceil(2), rows]);
         if self.pairs.len() < count {
             self.pairs.resize(count, [bf16::ZERO; 2]);
         }
@@ -260,9 +264,10 @@ impl Input {
         let steps = columns.div_ceil(BLOCK);
         let chunks = rows.div_ceil(TILE);
         let padded = if chunks > 2 { chunks * TILE } else { rows };
+        let count = size::product("tiles of an input", [cut.parts(), padded, steps]);
         let Tiles { lines, made } = &mut self.tiles[cut as usize];
-        if lines.len() < cut.parts() * padded * steps {
-            lines.resize(cut.parts() * padded * steps, TileRow::default());
+        if lines.len() < count {
+            lines.resize(count, TileRow::default());
         }
         *made = true;
         let values = &self.values[first * columns..];
@@ -373,7 +378,8 @@ impl Kernel for Quantise<'_> {
             // SAFETY: 32 values are two vectors; the destination is this row's own block.
             unsafe {
                 let (low, high) = (S::load(values.as_ptr()), S::load(values.as_ptr().add(LANES)));
-                let greatest = S::greatest(S::max(S::abs(low), S::abs(high)));
+                // Of an infinite value or NaN the scale is that too and carries it to the product's results.
+                let greatest = S::greatest_abs(low, high);
                 let scale = greatest / 127.0;
                 // Below that the quotient would be infinite; such values count as zeros.
                 let inverse = S::splat(if greatest > SMALLEST { 127.0 / greatest } else { 0.0 });
@@ -394,6 +400,31 @@ impl Kernel for Quantise<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    #[should_panic(expected = "rows and columns of an input: [4611686018427387904, 4] multiplied")]
+    fn rows_that_no_memory_has_are_refused() {
+        Input::default().reset(1 << 62, 0, 4);
+    }
+
+    #[test]
+    fn a_refused_size_leaves_the_input_as_it_was() {
+        let mut input = Input::default();
+        input.reset(2, 1, 32).fill(3.0);
+        for (rows, columns) in [(1 << 62, 4), (1 << 59, 4), (usize::MAX, 1)] {
+            let reset = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| input.reset(rows, 0, columns).len()));
+            assert!(reset.is_err(), "{rows} rows of {columns}");
+            assert_eq!((input.rows(), input.columns(), input.values()), (2, 32, &[3.0; 64][..]));
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "blocks of 3 rows of 2")]
+    fn blocks_are_made_of_rows_that_there_are() {
+        let mut input = Input::default();
+        input.reset(2, 0, 32);
+        input.quantise(&Pool::new(1).unwrap(), Isa::SCALAR, 3);
+    }
 
     #[test]
     fn blocks_hold_the_rows_to_half_a_unit_on_every_instruction_set() {

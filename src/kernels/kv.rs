@@ -9,6 +9,7 @@ use half::f16;
 use super::buffer::Buffer;
 use super::ops::load_part;
 use super::simd::{Isa, Kernel, LANES, Simd};
+use super::size;
 
 /// Positions whose keys lie together, dimension by dimension: what the widest registers take at a time.
 pub(super) const SLAB: usize = 64;
@@ -47,10 +48,18 @@ impl KvType {
         }
     }
 
-    /// Bytes of a position's key and value in one layer.
+    /// Bytes of a position's key and value in one layer; `u64::MAX` where that is more than a u64 can count.
     pub fn bytes_per_position(self, kv_heads: usize, head_dim: usize) -> u64 {
-        let layout = Layout { kv_type: self, head_dim, capacity: SLAB };
-        (kv_heads * (layout.key_bytes() + layout.value_bytes()) / SLAB) as u64
+        let padding = Layout { kv_type: self, head_dim: 1, capacity: SLAB }.padded() as u128;
+        let padded = (head_dim as u128).next_multiple_of(padding);
+        let (keys, values) = match self {
+            KvType::F32 => (4 * head_dim as u128, 4 * padded),
+            KvType::F16 => (2 * head_dim as u128, 2 * padded),
+            KvType::Q8_0 => {
+                (padded / GROUP as u128 * (GROUP as u128 + 2), padded / GROUP as u128 * (GROUP as u128 + 2))
+            }
+        };
+        (keys + values).checked_mul(kv_heads as u128).map_or(u64::MAX, |bytes| bytes.try_into().unwrap_or(u64::MAX))
     }
 }
 
@@ -138,6 +147,11 @@ impl Layout {
         self.scale_bytes() + self.padded() * self.capacity * self.size()
     }
 
+    /// Bytes of one head.
+    fn head_bytes(&self) -> usize {
+        self.key_bytes() + self.value_bytes()
+    }
+
     /// Each strip's first byte among the values, and its width in dimensions.
     pub fn strips(&self) -> impl Iterator<Item = (usize, usize)> {
         let Layout { capacity, .. } = *self;
@@ -158,7 +172,10 @@ pub struct Strided<'a> {
 impl Strided<'_> {
     /// Whether there are `rows` of `width` values.
     pub(super) fn has(&self, rows: usize, width: usize) -> bool {
-        rows == 0 || (rows == 1 || self.stride >= width) && self.values.len() >= (rows - 1) * self.stride + width
+        let Some(before) = rows.checked_sub(1) else { return true };
+        // The first value behind the last row.
+        let end = before.checked_mul(self.stride).and_then(|start| start.checked_add(width));
+        (rows == 1 || self.stride >= width) && end.is_some_and(|end| end <= self.values.len())
     }
 }
 
@@ -173,17 +190,22 @@ pub struct LayerKv {
 }
 
 impl LayerKv {
-    /// Room for `capacity` positions.
+    /// Room for `capacity` positions. Panics where no memory has so much.
     pub fn new(kv_type: KvType, kv_heads: usize, head_dim: usize, capacity: usize) -> LayerKv {
         assert!((1..=MOST_DIMS).contains(&head_dim), "heads of {head_dim} dimensions, of 1 to {MOST_DIMS}");
-        let layout = Layout { kv_type, head_dim, capacity: capacity.next_multiple_of(SLAB) };
-        let data = Buffer::zeroed(kv_heads * (layout.key_bytes() + layout.value_bytes()));
-        LayerKv { layout, kv_heads, capacity, data }
+        let slabs = capacity.div_ceil(SLAB);
+        // A head's keys and values: everything that the layout computes is a part of them.
+        let of_slab = Layout { kv_type, head_dim, capacity: SLAB }.head_bytes();
+        let of_head = size::product("slabs of 64 positions, and their bytes", [slabs, of_slab]);
+        let bytes = size::product("KV heads, and their bytes", [kv_heads, of_head]);
+        let layout = Layout { kv_type, head_dim, capacity: slabs * SLAB };
+        LayerKv { layout, kv_heads, capacity, data: Buffer::zeroed(bytes) }
     }
 
-    /// Bytes that [`new`](Self::new) allocates.
+    /// Bytes that [`new`](Self::new) allocates; `u64::MAX` where that is more than a u64 can count.
     pub fn bytes_for(kv_type: KvType, kv_heads: usize, head_dim: usize, capacity: usize) -> u64 {
-        capacity.next_multiple_of(SLAB) as u64 * kv_type.bytes_per_position(kv_heads, head_dim)
+        let positions = (capacity.div_ceil(SLAB) as u64).saturating_mul(SLAB as u64);
+        positions.saturating_mul(kv_type.bytes_per_position(kv_heads, head_dim))
     }
 
     /// Bytes allocated.
@@ -198,7 +220,7 @@ impl LayerKv {
 
     /// Writes the keys and values of `rows` positions from `position` on, (rows, kv_heads * head_dim) each.
     pub fn append(&mut self, isa: Isa, position: usize, rows: usize, keys: Strided, values: Strided) {
-        let kv_heads = self.kv_heads;
+        let kv_heads = if rows == 0 { 0 } else { self.kv_heads };
         let writer = self.writer();
         for head in 0..kv_heads {
             // SAFETY: nobody else has the writer.
@@ -226,8 +248,8 @@ impl LayerKv {
         if len == 0 {
             return;
         }
-        let source = from.data.as_slice().chunks_exact(layout.key_bytes() + layout.value_bytes());
-        let target = self.data.as_mut_slice().chunks_exact_mut(to.key_bytes() + to.value_bytes());
+        let source = from.data.as_slice().chunks_exact(layout.head_bytes());
+        let target = self.data.as_mut_slice().chunks_exact_mut(to.head_bytes());
         for (target, source) in target.zip(source) {
             let (target_keys, target) = target.split_at_mut(to.key_bytes());
             let (source_keys, source) = source.split_at(layout.key_bytes());
@@ -258,7 +280,7 @@ impl LayerKv {
     pub fn key(&self, head: usize, position: usize) -> Vec<f32> {
         let Layout { kv_type, head_dim, .. } = self.layout;
         assert!(head < self.kv_heads && position < self.capacity, "head {head}, position {position}");
-        let bytes = self.layout.key_bytes() + self.layout.value_bytes();
+        let bytes = self.layout.head_bytes();
         let slab = &self.data.as_slice()[head * bytes + position / SLAB * self.layout.slab_bytes()..];
         let lane = position % SLAB;
         let f16_at = |at: usize| f16::from_le_bytes([slab[at], slab[at + 1]]).to_f32();
@@ -279,7 +301,7 @@ impl LayerKv {
 
     /// A head's keys, the scales of its values, its values.
     pub(super) fn head(&self, head: usize) -> (*const u8, *const f16, *const u8) {
-        let bytes = self.layout.key_bytes() + self.layout.value_bytes();
+        let bytes = self.layout.head_bytes();
         let keys = &self.data.as_slice()[head * bytes..][..bytes];
         let (keys, values) = keys.split_at(self.layout.key_bytes());
         let (scales, values) = values.split_at(self.layout.scale_bytes());
@@ -309,9 +331,9 @@ impl KvWriter<'_> {
     /// At the same time, nothing is written to the same head and positions, and nothing is read from the cache.
     pub unsafe fn append(&self, isa: Isa, head: usize, position: usize, rows: usize, keys: Strided, values: Strided) {
         let Layout { kv_type, head_dim, .. } = self.layout;
-        let (end, capacity) = (position + rows, self.capacity);
+        let (end, capacity) = (size::end("positions to write", position, rows), self.capacity);
         assert!(end <= capacity, "position {end} is past the KV cache's {capacity}");
-        let width = self.kv_heads * head_dim;
+        let width = size::product("KV heads and their size", [self.kv_heads, head_dim]);
         assert!(head < self.kv_heads, "head {head} of {}", self.kv_heads);
         assert!(keys.has(rows, width) && values.has(rows, width), "keys or values are not {rows} rows of {width}");
         if rows == 0 {
@@ -320,7 +342,7 @@ impl KvWriter<'_> {
         let append = Append {
             layout: self.layout,
             // SAFETY: there are `kv_heads` parts of as many bytes.
-            data: unsafe { self.data.add(head * (self.layout.key_bytes() + self.layout.value_bytes())) },
+            data: unsafe { self.data.add(head * self.layout.head_bytes()) },
             position,
             rows,
             keys: (keys.values[head * head_dim..].as_ptr(), keys.stride),
@@ -501,15 +523,17 @@ impl Dense for f16 {
     #[inline(always)]
     unsafe fn store<S: Simd>(to: *mut f16, values: S::F) {
         unsafe {
-            // The greatest that there is instead of infinity: even times a weight of 0 that would not be a number.
+            // Values beyond F16 become its greatest: infinity times a weight of 0 would be NaN. Infinite values become
+            // NaN, so that arithmetic that went wrong shows in the logits.
             let most = S::splat(f16::MAX.to_f32_const());
             let least = S::splat(f16::MIN.to_f32_const());
-            S::store_f16(to, S::max(least, S::min(most, values)));
+            let limited = S::max(least, S::min(most, values));
+            S::store_f16(to, S::sub(limited, S::sub(values, values)));
         }
     }
 }
 
-/// The greatest absolute value of a group.
+/// The greatest absolute value of a group; NaN if any value is NaN.
 ///
 /// # Safety
 /// As of [`Simd`].
@@ -517,7 +541,7 @@ impl Dense for f16 {
 pub(super) unsafe fn greatest<S: Simd>(group: &[f32]) -> f32 {
     assert!(group.len() == GROUP);
     // SAFETY: a group is two vectors.
-    unsafe { S::greatest(S::max(S::abs(S::load(group.as_ptr())), S::abs(S::load(group.as_ptr().add(LANES))))) }
+    unsafe { S::greatest_abs(S::load(group.as_ptr()), S::load(group.as_ptr().add(LANES))) }
 }
 
 /// `group / scale`, rounded to bytes; zeros where the scale is 0.
@@ -578,6 +602,52 @@ mod tests {
         let mut kv = LayerKv::new(KvType::F16, 1, 4, 64);
         let rows = Strided { values: &[0.0; 12], stride: 5 };
         kv.append(Isa::SCALAR, 0, 3, rows, rows);
+    }
+
+    #[test]
+    fn sizes_beyond_u64_are_the_greatest() {
+        for kv_type in KvType::ALL {
+            assert_eq!(kv_type.bytes_per_position(usize::MAX, usize::MAX), u64::MAX);
+            assert_eq!(kv_type.bytes_per_position(1 << 32, 1 << 31), u64::MAX, "{kv_type}");
+            assert_eq!(LayerKv::bytes_for(kv_type, 1 << 20, 128, 1 << 40), u64::MAX);
+            assert_eq!(LayerKv::bytes_for(kv_type, 1, 1, usize::MAX), u64::MAX);
+        }
+    }
+
+    /// What a safe call panics with.
+    fn refusal(call: impl FnOnce()) -> String {
+        let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(call)).expect_err("it was taken");
+        panic.downcast_ref::<String>().expect("a message with sizes").clone()
+    }
+
+    #[test]
+    fn a_cache_that_no_memory_has_is_refused_with_its_sizes() {
+        for kv_type in KvType::ALL {
+            // Each would be a small allocation if the product wrapped: 2^64 bytes and more.
+            for (kv_heads, capacity) in [(1 << 58, 64), (1, usize::MAX), (1 << 32, 1 << 32), (0, usize::MAX)] {
+                let message = refusal(|| {
+                    LayerKv::new(kv_type, kv_heads, 64, capacity);
+                });
+                assert!(message.contains("multiplied is more than memory can have"), "{message}");
+            }
+        }
+        assert_eq!(LayerKv::new(KvType::F16, 1 << 40, 64, 0).bytes(), 0);
+    }
+
+    #[test]
+    fn positions_and_rows_that_wrap_are_refused() {
+        let mut kv = LayerKv::new(KvType::F32, 1, 4, 64);
+        let values = [0.0; 8];
+        let rows = |stride| Strided { values: &values, stride };
+        let message = refusal(|| kv.append(Isa::SCALAR, usize::MAX, 2, rows(4), rows(4)));
+        assert!(message.contains("positions to write: 2 from 18446744073709551615 on"), "{message}");
+        // Two strides are 2^64, and two rows and a half are as long as no row.
+        for (count, stride) in [(3, 1 << 63), (2, usize::MAX - 3), (2, usize::MAX), (5, 1 << 62)] {
+            assert!(!rows(stride).has(count, 4), "{count} rows, {stride} apart");
+            let message = refusal(|| kv.append(Isa::SCALAR, 0, count, rows(stride), rows(4)));
+            assert!(message.contains("keys or values are not"), "{message}");
+        }
+        assert!(rows(4).has(2, 4) && rows(usize::MAX).has(1, 8) && rows(0).has(0, usize::MAX));
     }
 
     #[test]

@@ -24,6 +24,7 @@ use super::formats::{Format, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8
 use super::input::{Cut, Input, TILE};
 use super::pool::Pool;
 use super::simd::{Isa, LANES, Simd};
+use super::size;
 #[cfg(target_arch = "x86_64")]
 use super::tiles::rounded::{self, Stored};
 #[cfg(target_arch = "x86_64")]
@@ -137,9 +138,10 @@ impl Matrix {
         }
         let groups = n.div_ceil(LANES);
         // BF16 goes by two columns.
-        let padded = if dtype == WeightType::BF16 { row_bytes.next_multiple_of(4) } else { row_bytes };
-        let group_bytes = padded.checked_mul(LANES)?;
-        let mut data = Buffer::zeroed(groups.checked_mul(group_bytes)?);
+        let padded = if dtype == WeightType::BF16 { row_bytes.checked_next_multiple_of(4)? } else { row_bytes };
+        let packed_total = size::product_of(&[groups, padded, LANES])?;
+        let group_bytes = padded * LANES;
+        let mut data = Buffer::zeroed(packed_total);
         let out = Pointer(data.as_mut_slice().as_mut_ptr());
         let failed = OnceLock::new();
         pool.for_each(groups, |group| {
@@ -274,7 +276,8 @@ pub fn multiply(pool: &Pool, isa: Isa, input: &Input, products: &mut [Product]) 
     let m = input.rows();
     for product in products.iter() {
         let (n, k) = (product.matrix.n, product.matrix.k);
-        assert!(k == input.columns() && product.out.len() == m * n, "product of {m} inputs with wrong sizes");
+        let results = size::product("results of a product", [m, n]);
+        assert!(k == input.columns() && product.out.len() == results, "product of {m} inputs with wrong sizes");
         let blocks = input.blocks().len();
         let wanted = k / SUB * rows_in_blocks(input, isa);
         assert!(!needs_blocks(product.matrix.dtype) || blocks == wanted, "the input has not been quantised");
@@ -290,8 +293,8 @@ pub fn multiply(pool: &Pool, isa: Isa, input: &Input, products: &mut [Product]) 
         assert!(needs_tiles(product.matrix.dtype, isa).iter().all(is_cut), "the input has not been cut");
     }
     // A task is a run of groups of one matrix. Four at a time, which is how dense ones are multiplied.
-    let work: usize = products.iter().map(|p| p.matrix.n * p.matrix.k).sum();
-    let parts = if work * m < PARALLEL_FROM || pool.threads() == 1 { 1 } else { pool.threads() * PARTS };
+    let work = products.iter().fold(0usize, |work, p| work.saturating_add(p.matrix.n.saturating_mul(p.matrix.k)));
+    let parts = if work.saturating_mul(m) < PARALLEL_FROM || pool.threads() == 1 { 1 } else { pool.threads() * PARTS };
     let total: usize = products.iter().map(|p| p.matrix.n.div_ceil(LANES)).sum();
     let run = total.div_ceil(parts).next_multiple_of(4);
     let mut tasks = Vec::with_capacity(parts + products.len());
@@ -661,12 +664,26 @@ mod tests {
                     input.values_mut()[..4].copy_from_slice(&[f32::MAX / 1e6, -1e30, 1e-40, 0.0]);
                     input.prepare(&pool, isa, [dtype].into_iter());
                     assert!(product(&matrix, &input, &pool, isa).iter().all(|v| v.is_finite()), "{dtype} {isa}");
-                    input.values_mut()[5] = f32::INFINITY;
-                    input.prepare(&pool, isa, [dtype].into_iter());
-                    assert!(product(&matrix, &input, &pool, isa).iter().all(|v| !v.is_finite()), "{dtype} {isa}");
+                    // In each half of a block, and in each half of a vector.
+                    for (lost, column) in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN].into_iter().zip([5, 40, 250]) {
+                        let kept = std::mem::replace(&mut input.values_mut()[column], lost);
+                        input.prepare(&pool, isa, [dtype].into_iter());
+                        let found = product(&matrix, &input, &pool, isa);
+                        assert!(found.iter().all(|v| !v.is_finite()), "{dtype} {isa}, {lost} in {column}: {found:?}");
+                        input.values_mut()[column] = kept;
+                    }
                 }
             }
         }
+    }
+
+    #[test]
+    #[should_panic(expected = "product of 2 inputs with wrong sizes")]
+    fn results_that_do_not_fit_are_refused() {
+        let pool = Pool::new(1).unwrap();
+        let (_, matrix) = matrix(WeightType::F32, 4, 32);
+        let input = inputs(2, 0, 32, &pool, Isa::SCALAR);
+        multiply(&pool, Isa::SCALAR, &input, &mut [Product { matrix: &matrix, out: &mut [0.0; 7] }]);
     }
 
     #[test]
@@ -677,5 +694,10 @@ mod tests {
         assert!(pack(WeightType::Q8_0, 34, 1, 33).is_none());
         assert!(pack(WeightType::F32, 0, 0, 4).is_none());
         assert!(pack(WeightType::F16, 4, usize::MAX, 4).is_none());
+        // As many bytes as there are once the product has wrapped.
+        for (n, k) in [(1 << 62, 1), (1 << 32, 1 << 30), (1, 1 << 62), (usize::MAX / 4 + 2, 1)] {
+            let wrapped = n.wrapping_mul(k).wrapping_mul(4);
+            assert!(pack(WeightType::F32, wrapped, n, k).is_none(), "{n} x {k}");
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! The CPU's arithmetic: everything that is written for vector registers, and all `unsafe` code but the mapping of files.
 //!
+//! - `size`: sizes that unsafe code relies on;
 //! - [`simd`]: what kernels may ask of a CPU, and its implementations;
 //! - [`pool`]: the threads of a stage;
 //! - [`buffer`]: aligned memory;
@@ -16,6 +17,7 @@
 // Loops over registers index several arrays by one number.
 #![allow(clippy::needless_range_loop)]
 
+mod size;
 pub mod simd;
 pub mod pool;
 pub mod buffer;

@@ -16,7 +16,7 @@ pub enum Activation {
     GeluTanh,
 }
 
-/// `out = x / sqrt(mean(x^2) + eps) * weight`.
+/// `out = x / sqrt(mean(x^2) + eps) * weight`. NaN where the sum of squares is beyond f32.
 pub fn rms_norm(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let len = x.len();
     assert!(weight.len() == len && out.len() == len, "norm of {len} values with wrong sizes");
@@ -52,7 +52,7 @@ pub fn scale(isa: Isa, x: &mut [f32], factor: f32) {
     each(isa, x, Scale(factor));
 }
 
-/// `x = cap * tanh(x / cap)`.
+/// `x = cap * tanh(x / cap)`; NaN for infinite values.
 pub fn soft_cap(isa: Isa, x: &mut [f32], cap: f32) {
     each(isa, x, SoftCap { cap, inverse: 1.0 / cap });
 }
@@ -203,14 +203,15 @@ unsafe fn times_sigmoid<S: Simd>(x: S::F, y: S::F) -> S::F {
     unsafe { S::div(x, S::add(S::splat(1.0), exp::<S>(S::sub(S::splat(0.0), y)))) }
 }
 
-/// `cap * tanh(x / cap)`, given the inverse of the cap.
+/// `cap * tanh(x / cap)`, given the inverse of the cap. Of an infinite value NaN: a cap would hide that arithmetic went
+/// wrong.
 ///
 /// # Safety
 /// As of [`Simd`].
 #[inline(always)]
 pub(super) unsafe fn capped<S: Simd>(x: S::F, cap: f32, inverse: f32) -> S::F {
     // SAFETY: this function's conditions.
-    unsafe { S::mul(S::splat(cap), tanh::<S>(S::mul(x, S::splat(inverse)))) }
+    unsafe { S::sub(S::mul(S::splat(cap), tanh::<S>(S::mul(x, S::splat(inverse)))), S::sub(x, x)) }
 }
 
 /// A function of each value.
@@ -276,9 +277,9 @@ impl Map2 for GeluMul {
     unsafe fn map<S: Simd>(&self, x: S::F, up: S::F) -> S::F {
         unsafe {
             // x * (1 - erfc(x / sqrt(2)) / 2), and as erfc(-x) is 2 - erfc(x), for both signs:
-            // max(x, 0) - |x| * erfc(|x| / sqrt(2)) / 2. From 20 on the product is 0, for infinity too.
-            let size = S::min(S::splat(20.0), S::abs(x));
-            let tail = erfc::<S>(S::mul(size, S::splat(std::f32::consts::FRAC_1_SQRT_2)));
+            // max(x, 0) - |x| * erfc(|x| / sqrt(2)) / 2. From 20 on the product is 0; of infinity it is NaN.
+            let size = S::abs(x);
+            let tail = erfc::<S>(S::mul(S::min(S::splat(20.0), size), S::splat(std::f32::consts::FRAC_1_SQRT_2)));
             let positive = S::max(S::splat(0.0), x);
             S::mul(S::fma(S::mul(size, S::splat(-0.5)), tail, positive), up)
         }
@@ -382,7 +383,9 @@ impl Kernel for RmsNorm {
                 }
             }
             let sum = S::sum(S::add(S::add(sums[0], sums[1]), S::add(sums[2], sums[3])));
-            let factor = S::splat(1.0 / (sum / self.len as f32 + self.eps).sqrt());
+            let factor = 1.0 / (sum / self.len as f32 + self.eps).sqrt();
+            // Not 0, which would make an ordinary row out of one that is lost.
+            let factor = S::splat(if factor > 0.0 { factor } else { f32::NAN });
             for i in (0..self.len).step_by(LANES) {
                 let rest = self.len - i;
                 let x = load_part::<S>(self.x.add(i), rest, 0.0);
@@ -602,9 +605,9 @@ mod tests {
                 let absolute = if gate.abs() < 1e-6 { 1e-45 } else { 3e-7 };
                 assert_near(found, want, absolute, 1e-6, &(activation, gate));
             }
-            let extremes = [f32::INFINITY, f32::NAN];
-            let found = on_every_isa(&extremes, |isa, gate| activate_mul(isa, activation, gate, &[1.0; 2]));
-            assert!(found[0] == f32::INFINITY && found[1].is_nan(), "{activation:?}: {found:?}");
+            let extremes = [f32::INFINITY, f32::NEG_INFINITY, f32::NAN];
+            let found = on_every_isa(&extremes, |isa, gate| activate_mul(isa, activation, gate, &[1.0; 3]));
+            assert!(found.iter().all(|value| !value.is_finite()), "{activation:?}: {found:?}");
         }
     }
 
@@ -618,7 +621,7 @@ mod tests {
                 assert_near(found, want, 1e-44 * cap as f64, 1e-6, &(cap, x));
             }
             let found = on_every_isa(&[f32::INFINITY, f32::NEG_INFINITY, f32::NAN], |isa, x| soft_cap(isa, x, cap));
-            assert!(found[..2] == [cap, -cap] && found[2].is_nan());
+            assert!(found.iter().all(|value| value.is_nan()), "{found:?}");
         }
     }
 

@@ -14,7 +14,7 @@ pub struct RowsMut<'a, T> {
 impl<'a, T> RowsMut<'a, T> {
     /// Rows of `width` values.
     pub fn new(values: &'a mut [T], width: usize) -> Self {
-        assert!(values.len().is_multiple_of(width), "{} values are no rows of {width}", values.len());
+        assert!(width > 0 && values.len().is_multiple_of(width), "{} values are no rows of {width}", values.len());
         RowsMut { values, width }
     }
 }
@@ -27,9 +27,10 @@ pub fn each_row<T: Send, const N: usize>(
 ) {
     let rows = buffers[0].values.len() / buffers[0].width;
     for buffer in &buffers {
-        assert!(buffer.values.len() == rows * buffer.width, "buffers with different numbers of rows");
+        // Whole rows, see `new`: a division cannot wrap as a product could.
+        assert!(buffer.values.len() / buffer.width == rows, "buffers with different numbers of rows");
     }
-    let values: usize = buffers.iter().map(|buffer| buffer.values.len()).sum();
+    let values = buffers.iter().fold(0usize, |sum, buffer| sum.saturating_add(buffer.values.len()));
     let starts = Starts(buffers.map(|buffer| (buffer.values.as_mut_ptr(), buffer.width)));
     let row = |i: usize| {
         let starts = &starts;
@@ -50,6 +51,21 @@ unsafe impl<T: Send, const N: usize> Sync for Starts<T, N> {}
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    #[should_panic(expected = "buffers with different numbers of rows")]
+    fn buffers_with_different_numbers_of_rows_are_refused() {
+        // Rows times width is 2^64 here, and of bytes as many can be had.
+        let mut long = vec![0u8; 1 << 32];
+        let buffers = [RowsMut::new(&mut long, 1), RowsMut::new(&mut [], 1 << 32)];
+        each_row(&Pool::new(1).unwrap(), buffers, |_, [_, row]| row[0] = 1);
+    }
+
+    #[test]
+    #[should_panic(expected = "0 values are no rows of 0")]
+    fn rows_without_values_are_refused() {
+        RowsMut::<f32>::new(&mut [], 0);
+    }
 
     #[test]
     fn every_row_of_every_buffer_is_given_out_once() {

@@ -266,7 +266,9 @@ impl Decoder {
         let mut logits = head.projection.forward(&x)?.to_dtype(DType::F32)?; // (wanted, vocab_size)
         logits = scale(logits, 1.0 / self.config.logits_scaling)?;
         if let Some(cap) = self.config.final_logit_softcapping {
-            logits = soft_cap(&logits, cap)?;
+            // Infinite logits become NaN, so that they are refused: a cap would hide them.
+            let lost = (&logits - &logits)?;
+            logits = (soft_cap(&logits, cap)? - lost)?;
         }
         Ok(logits)
     }

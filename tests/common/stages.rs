@@ -10,7 +10,7 @@ use candle_core::quantized::gguf_file::{self, Content, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource, Wanted};
 use candle_pipeline::instrument::Watch;
-use candle_pipeline::kernels::dequantise;
+use candle_pipeline::internals::dequantise;
 use candle_pipeline::weights::{StoredTensor, TensorBytes, TensorMeta, WeightSource, WeightType};
 use candle_pipeline::{DEMO_MODEL, DeviceSpec, HeterogeneousPipeline, Result};
 

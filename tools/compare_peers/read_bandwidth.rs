@@ -12,8 +12,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use candle_core::quantized::gguf_file::Content;
 use candle_pipeline::device::cpu_read_rates;
-use candle_pipeline::kernels::pool::Pool;
-use candle_pipeline::kernels::tile_rate;
+use candle_pipeline::internals::{Pool, tile_rate};
 use clap::Parser;
 
 #[derive(Parser)]

@@ -4,7 +4,7 @@
 use crate::encoder::{Encoder, Region};
 use crate::error::Result;
 use crate::gemv::MOST_ROWS;
-use crate::sampling::{MOST_K, MOST_LOGITS, NO_NAN, TopK, scratch_bytes};
+use crate::sampling::{ALL_FINITE, MOST_K, MOST_LOGITS, TopK, scratch_bytes};
 
 /// Tokens of a row that can be looked for: fewer than there are, so that some are left out.
 pub fn most_candidates(vocab_size: usize) -> usize {
@@ -69,7 +69,7 @@ impl<B> Candidates<B> {
                 k,
                 ids: Region::at(&self.found, done * k * 4),
                 values: Region::at(&self.found, (rows.len() + done) * k * 4),
-                first_nan: Region::at(&self.found, (2 * rows.len() * k + done) * 4),
+                first_not_finite: Region::at(&self.found, (2 * rows.len() * k + done) * 4),
                 scratch: Region::at(&self.scratch, done * row_scratch(vocab_size, k)),
             };
             top_k.encode(encoder)?;
@@ -82,16 +82,15 @@ impl<B> Candidates<B> {
 /// The tokens of a row with their logits: the most likely first, the lowest id first among equals.
 pub type RowCandidates = Vec<(u32, f32)>;
 
-/// What the words of [`Candidates::found`] say of each of `rows` rows. `None` where a logit is NaN or none is above minus
-/// infinity: nothing can be chosen there, and whoever reports that needs the logits.
+/// What the words of [`Candidates::found`] say of each of `rows` rows. `None` where any logit is infinite or NaN: no token
+/// is to be chosen there, and the error that reports it needs the logits.
 pub fn read_candidates(words: &[u32], rows: usize, k: usize) -> Vec<Option<RowCandidates>> {
     let (ids, rest) = words.split_at(rows * k);
-    let (values, nans) = rest.split_at(rows * k);
+    let (values, not_finite) = rest.split_at(rows * k);
     let row = |row: usize| {
         let of = |words: &[u32]| words[row * k..][..k].to_vec();
         let tokens: RowCandidates = of(ids).into_iter().zip(of(values).into_iter().map(f32::from_bits)).collect();
-        let can_choose = nans[row] == NO_NAN && tokens.first().is_some_and(|(_, logit)| *logit > f32::NEG_INFINITY);
-        can_choose.then_some(tokens)
+        (not_finite[row] == ALL_FINITE).then_some(tokens)
     };
     (0..rows).map(row).collect()
 }

@@ -91,7 +91,7 @@ mod real {
     }
 
     fn raw<'a>(region: &Region<'a, GpuBuffer>) -> Result<Region<'a, Buffer>> {
-        let (end, len) = (region.offset + region.span, region.buffer.len);
+        let (end, len) = (region.offset.saturating_add(region.span), region.buffer.len);
         if end > len {
             let message = format!("bytes {}..{end} of a buffer of {len} are bound", region.offset);
             return Err(Error::Gpu { kernel: "a kernel".into(), message });

@@ -97,8 +97,8 @@ impl Sampler {
 
     /// The next token, given the logits of the last position.
     ///
-    /// A logit of minus infinity rules its token out, one of plus infinity makes it certain. NaN is an error: it means
-    /// that the model's arithmetic went wrong, and any token chosen from it would hide that.
+    /// An infinite logit or NaN is an error, whatever the penalties would make of it: a weight or the model's arithmetic is
+    /// wrong, and any token chosen would hide that.
     ///
     /// With a temperature above 0 each call takes exactly one number from the generator, so that the n-th token of a
     /// sequence depends on the n-th number whatever the logits before it were.
@@ -106,15 +106,16 @@ impl Sampler {
         let mut changed = std::mem::take(&mut self.changed);
         let logits_for_choice = match self.penalties.is_some() || self.suppressed_now().next().is_some() {
             true => {
+                check_finite(logits)?;
                 changed.clear();
                 changed.extend_from_slice(logits);
                 if let Some(penalties) = &self.penalties {
                     penalties.apply(&mut changed);
                 }
                 for token in self.suppressed_now() {
-                    // NaN stays: it is refused wherever it is.
-                    if let Some(logit) = changed.get_mut(token as usize).filter(|logit| !logit.is_nan()) {
-                        *logit = f32::NEG_INFINITY;
+                    // The lowest finite logit: its weight is 0, and an infinite one is refused.
+                    if let Some(logit) = changed.get_mut(token as usize) {
+                        *logit = f32::MIN;
                     }
                 }
                 &changed
@@ -150,12 +151,12 @@ impl Sampler {
     }
 
     /// The token that [`sample`](Self::sample) chooses, given the [`enough`](Self::enough) most likely ones of more, in
-    /// order. None of the logits is NaN and the first is above minus infinity.
+    /// order. All logits are finite, those of the other tokens too.
     pub fn sample_best(&mut self, best: &[(u32, f32)]) -> Result<SampledToken> {
         let (first, logprob) = (best.first().copied(), None);
-        let numbers = best.iter().all(|(_, logit)| !logit.is_nan());
+        let finite = best.iter().all(|(_, logit)| logit.is_finite());
         match (self.enough(), first) {
-            (Some(k), Some((token, max))) if best.len() == k && numbers && max > f32::NEG_INFINITY => {
+            (Some(k), Some((token, max))) if best.len() == k && finite => {
                 let Some((uniform, scale)) = self.draw(max) else { return Ok(SampledToken { token, logprob }) };
                 self.best.clear();
                 self.best.extend(best.iter().map(|&(token, logit)| key(logit, token)));
@@ -204,8 +205,7 @@ impl Sampler {
         }
         let uniform = unit_interval(self.random.next_u64());
         let scale = 1.0 / self.temperature;
-        // Not finite: the temperature is too small for f32, or the best logit is infinite. In the limit only the best is
-        // left.
+        // Not finite: the temperature is too small for f32. In the limit only the best is left.
         (max.abs() * scale).is_finite().then_some((uniform, scale))
     }
 
@@ -273,18 +273,9 @@ impl Sampler {
     /// Log-probabilities of the token and of the `top` most likely ones under the model's own distribution.
     fn logprob(&mut self, logits: &[f32], token: u32, top: usize) -> Result<TokenLogprob> {
         let (_, max) = most_likely(logits)?;
-        let sum = if max.is_finite() {
-            weigh(logits, max, 1.0, &mut self.weights, &mut self.block_sums);
-            self.block_sums.iter().sum::<f64>()
-        } else {
-            logits.iter().filter(|&&logit| logit == max).count() as f64
-        };
-        let log_sum = sum.ln();
-        let log_probability = |logit: f32| {
-            // The difference of two equal infinities is NaN.
-            let difference = if logit == max { 0.0 } else { f64::from(logit) - f64::from(max) };
-            (difference - log_sum) as f32
-        };
+        weigh(logits, max, 1.0, &mut self.weights, &mut self.block_sums);
+        let log_sum = self.block_sums.iter().sum::<f64>().ln();
+        let log_probability = |logit: f32| (f64::from(logit) - f64::from(max) - log_sum) as f32;
         best_tokens(logits, top.min(logits.len()), &mut self.best);
         self.best.sort_unstable();
         Ok(TokenLogprob {
@@ -330,7 +321,8 @@ impl Penalties {
         *self.counts.entry(token).or_insert(0) += 1;
     }
 
-    /// Each token is changed on its own, so the order of the map does not matter.
+    /// Each token is changed on its own, so the order of the map does not matter. What a penalty moves beyond f32 stays
+    /// finite: no other token is as unlikely, or as likely.
     fn apply(&self, logits: &mut [f32]) {
         for (&token, &count) in &self.counts {
             let Some(logit) = logits.get_mut(token as usize) else { continue };
@@ -343,6 +335,7 @@ impl Penalties {
                 // In f64, where the penalty is always finite: infinity minus infinity would be NaN.
                 *logit = (f64::from(*logit) - (self.presence + self.frequency * f64::from(count))) as f32;
             }
+            *logit = logit.clamp(f32::MIN, f32::MAX);
         }
     }
 }
@@ -350,27 +343,24 @@ impl Penalties {
 /// The most likely token (the lowest id among equals) and its logit.
 ///
 /// One pass that the compiler vectorises: `LANES` running maxima, and the block where the maximum rose last; only that
-/// block is scanned again for the position. NaN shows as a logit that differs from itself.
+/// block is scanned again for the position. An infinite logit or NaN is an error that names its token.
 fn most_likely(logits: &[f32]) -> Result<(u32, f32)> {
     let isa = Isa::detect();
     let mut max = f32::NEG_INFINITY;
     let mut max_block = None;
     for (i, block) in logits.chunks(BLOCK).enumerate() {
         let mut maxima = [f32::NEG_INFINITY; LANES];
-        let mut nans = [0u32; LANES];
+        let mut lost = [0u32; LANES];
         isa.compile(|| {
             for chunk in block.chunks(LANES) {
-                for ((maximum, nan), &logit) in maxima.iter_mut().zip(&mut nans).zip(chunk) {
+                for ((maximum, lost), &logit) in maxima.iter_mut().zip(&mut lost).zip(chunk) {
                     *maximum = if logit > *maximum { logit } else { *maximum };
-                    *nan |= u32::from(logit.is_nan());
+                    *lost |= u32::from(!logit.is_finite());
                 }
             }
         });
-        if nans.iter().any(|&nan| nan != 0) {
-            let token = i * BLOCK + block.iter().position(|logit| logit.is_nan()).unwrap_or(0);
-            return Err(Error::Tensors(format!(
-                "the logits hold NaN at token id {token}: the model's weights or its arithmetic on this device are at fault"
-            )));
+        if lost.iter().any(|&lost| lost != 0) {
+            check_finite(logits)?;
         }
         let block_max = maxima.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
         if block_max > max {
@@ -379,13 +369,26 @@ fn most_likely(logits: &[f32]) -> Result<(u32, f32)> {
         }
     }
     let Some((i, block)) = max_block else {
-        return Err(Error::Tensors(format!(
-            "no token can be chosen: the {} logits are all minus infinity",
-            logits.len()
-        )));
+        return Err(Error::Tensors("no token can be chosen: there are no logits".into()));
     };
     let position = block.iter().position(|&logit| logit == max).unwrap_or(0);
     Ok(((i * BLOCK + position) as u32, max))
+}
+
+/// An error that names the first token whose logit is infinite or NaN. A model that works gives neither; masks and
+/// penalties come after it.
+pub fn check_finite(logits: &[f32]) -> Result<()> {
+    // Block by block, so that the compiler makes vectors of it.
+    for (i, block) in logits.chunks(BLOCK).enumerate() {
+        if block.iter().fold(false, |any, logit| any | !logit.is_finite()) {
+            let lost = block.iter().enumerate().find(|(_, logit)| !logit.is_finite());
+            return match lost {
+                Some((position, logit)) => Err(Error::LogitsNotFinite { token: i * BLOCK + position, logit: *logit }),
+                None => Ok(()),
+            };
+        }
+    }
+    Ok(())
 }
 
 /// Leaves the keys of the `k` most likely tokens in `keys`, in no order.

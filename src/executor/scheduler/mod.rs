@@ -590,10 +590,11 @@ impl Scheduler {
     fn sample(&mut self, id: SequenceId, prediction: &Prediction) {
         let Some(sequence) = self.active.get_mut(&id) else { return };
         let started = Instant::now();
-        if sequence.generated() == 0 {
-            sequence.report_prefilled(prediction);
-        }
-        let outcome = sequence.choose(prediction, &self.limits);
+        let reported = match sequence.generated() {
+            0 => sequence.report_prefilled(prediction),
+            _ => Ok(()),
+        };
+        let outcome = reported.and_then(|()| sequence.choose(prediction, &self.limits));
         // An error, or a request for no token, chooses none.
         if let Some((index, since)) = sequence.take_chosen()
             && self.probe.is_on()

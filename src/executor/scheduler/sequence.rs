@@ -10,7 +10,7 @@ use super::Limits;
 use crate::backend::{Prediction, SequenceId, Wanted};
 use crate::error::Result;
 use crate::executor::options::{FinishReason, GenerationOptions, TokenLogprob};
-use crate::executor::sampler::Sampler;
+use crate::executor::sampler::{Sampler, check_finite};
 use crate::executor::tokenizer::{IncrementalDecoder, StopStringMatcher, Tokenizer};
 use crate::model::config::SuppressedTokens;
 
@@ -203,13 +203,17 @@ impl Sequence {
         }
     }
 
-    /// Tells the caller that the prompt has been computed.
-    pub fn report_prefilled(&self, prediction: &Prediction) {
+    /// Tells the caller that the prompt has been computed. Logits that are handed out are finite.
+    pub fn report_prefilled(&self, prediction: &Prediction) -> Result<()> {
         let logits = match prediction {
-            Prediction::Logits(logits) if self.request.options.prompt_logits => Some(logits.clone()),
+            Prediction::Logits(logits) if self.request.options.prompt_logits => {
+                check_finite(logits)?;
+                Some(logits.clone())
+            }
             _ => None,
         };
         let _ = self.request.events.send(Ok(GenerationEvent::Prefilled { logits }));
+        Ok(())
     }
 
     /// Samples, tells the caller, and says whether that was the end.

@@ -26,6 +26,7 @@ use super::kv::{GROUP, KvType, LayerKv, Layout, SLAB, STRIP, Strided};
 use super::ops::{capped, exp, store_part};
 use super::pool::Pool;
 use super::simd::{Isa, Kernel, LANES, Simd};
+use super::size;
 
 /// Positions that get weights together. Their keys and values stay in a core's second-level cache.
 const CHUNK: usize = 256;
@@ -86,11 +87,13 @@ pub struct AttentionRows<'a> {
 pub fn attend(pool: &Pool, isa: Isa, shape: &AttentionShape, rows: &mut [AttentionRows]) {
     let &AttentionShape { heads, kv_heads, head_dim, .. } = shape;
     assert!(kv_heads > 0 && heads.is_multiple_of(kv_heads), "{heads} heads cannot share {kv_heads}");
+    let width = size::product("query heads and their size", [heads, head_dim]);
     for rows in rows.iter() {
-        let (kv, end, width) = (rows.kv, rows.position + rows.len, heads * head_dim);
+        let (kv, end) = (rows.kv, size::end("positions of attention", rows.position, rows.len));
+        let results = size::product("results of attention", [rows.len, width]);
         assert!(kv.kv_heads == kv_heads && kv.layout.head_dim == head_dim, "keys of another shape");
         assert!(end <= kv.capacity(), "position {end} is past the KV cache's {}", kv.capacity());
-        assert!(rows.q.has(rows.len, width) && rows.out.len() == rows.len * width, "attention of wrong sizes");
+        assert!(rows.q.has(rows.len, width) && rows.out.len() == results, "attention of wrong sizes");
     }
     let sequences: Vec<Sequence> = rows.iter_mut().map(Sequence::new).collect();
     let plan = Plan::new(pool.threads(), shape, &sequences);
@@ -195,13 +198,14 @@ impl Plan {
             size /= 2;
         }
         let mut whole = Vec::with_capacity(blocks(size));
-        let mut work = 0;
+        let mut work = 0usize;
         for (index, sequence) in sequences.iter().enumerate() {
             let queries = sequence.len * group;
             for first in (0..queries).step_by(size) {
                 let end = queries.min(first + size);
                 let seen = sequence.visible(first / group).start..sequence.visible((end - 1) / group).end;
-                work += (end - first) * seen.len() * shape.head_dim * 2 * shape.kv_heads;
+                let of_query = seen.len().saturating_mul(2 * shape.head_dim).saturating_mul(shape.kv_heads);
+                work = of_query.saturating_mul(end - first).saturating_add(work);
                 let chunks = seen.start / CHUNK..seen.end.div_ceil(CHUNK);
                 for head in 0..shape.kv_heads {
                     let (queries, chunks) = (first..end, chunks.clone());
@@ -223,7 +227,9 @@ impl Plan {
             let starts = task.chunks.clone().step_by(span);
             let remaining = AtomicUsize::new(starts.len());
             plan.splits.push(Split { parts: plan.parts, chunks: task.chunks.clone(), remaining });
-            plan.parts += task.chunks.len() * count * part_len(&sequences[task.sequence].kv.layout);
+            let part = part_len(&sequences[task.sequence].kv.layout);
+            let parts = size::product("parts of attention", [task.chunks.len(), count, part]);
+            plan.parts = size::end("parts of attention", plan.parts, parts);
             for start in starts {
                 let (queries, chunks) = (task.queries.clone(), start..task.chunks.end.min(start + span));
                 plan.tasks.push(Task { queries, chunks, split, ..task });

@@ -269,3 +269,37 @@ fn large_values_stay_finite() {
         }
     }
 }
+
+/// What attention of one row over 64 positions is refused with, given another shape, position, length and stride.
+fn refusal(heads: usize, position: usize, len: usize, stride: usize) -> String {
+    let kv = LayerKv::new(KvType::F32, 1, 16, 64);
+    let pool = Pool::new(1).unwrap();
+    let (q, mut out) = (values(16, 1), vec![0.0; 16]);
+    // As many results as the sizes give once they have wrapped.
+    let results = heads.wrapping_mul(16).wrapping_mul(len).min(16);
+    let attend = || {
+        let shape = AttentionShape { heads, kv_heads: 1, head_dim: 16, scale: 1.0, softcap: None };
+        let q = Strided { values: &q, stride };
+        let rows = AttentionRows { kv: &kv, q, position, len, window: None, out: &mut out[..results] };
+        attend(&pool, Isa::SCALAR, &shape, &mut [rows]);
+    };
+    let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(attend)).expect_err("it was taken");
+    panic.downcast_ref::<String>().map_or_else(|| panic.downcast_ref::<&str>().unwrap().to_string(), String::clone)
+}
+
+#[test]
+fn sizes_that_wrap_are_refused_by_name() {
+    for (heads, position, len, stride, message) in [
+        (1, usize::MAX, 1, 16, "positions of attention: 1 from 18446744073709551615 on end beyond any number"),
+        (1, usize::MAX - 62, 64, 16, "positions of attention: 64 from 18446744073709551553 on"),
+        (1 << 60, 0, 1, 16, "query heads and their size: [1152921504606846976, 16] multiplied is more"),
+        (1 << 59, 0, 1, 16, "query heads and their size: [576460752303423488, 16] multiplied is more"),
+        (1 << 54, 0, 1 << 10, 16, "results of attention: [1024, 288230376151711744] multiplied is more"),
+        (1, 0, 3, 1 << 63, "attention of wrong sizes"),
+        (1, 0, 2, usize::MAX - 15, "attention of wrong sizes"),
+        (1, 0, 65, 16, "position 65 is past the KV cache's 64"),
+    ] {
+        let found = refusal(heads, position, len, stride);
+        assert!(found.contains(message), "{found}");
+    }
+}

@@ -127,6 +127,17 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn greatest_abs(a: Self::F, b: Self::F) -> f32 {
+        unsafe {
+            let bits = _mm256_set1_epi32(0x7fff_ffff);
+            let [a, b, c, d] = [a[0], a[1], b[0], b[1]].map(|v| _mm256_and_si256(_mm256_castps_si256(v), bits));
+            let eight = _mm256_max_epi32(_mm256_max_epi32(a, b), _mm256_max_epi32(c, d));
+            let four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256::<1>(eight));
+            let two = _mm_max_epi32(four, _mm_shuffle_epi32::<0b1110>(four));
+            f32::from_bits(_mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32::<1>(two))) as u32)
+        }
+    }
+    #[inline(always)]
     unsafe fn load_f16(from: *const f16) -> Self::F {
         unsafe {
             let from = from.cast::<__m128i>();

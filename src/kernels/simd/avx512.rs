@@ -123,6 +123,15 @@ impl<const BF16: bool> Simd for Avx512<BF16> {
         unsafe { _mm512_reduce_max_ps(a) }
     }
     #[inline(always)]
+    unsafe fn greatest_abs(a: __m512, b: __m512) -> f32 {
+        unsafe {
+            let bits = _mm512_set1_epi32(0x7fff_ffff);
+            let (a, b) = (_mm512_castps_si512(a), _mm512_castps_si512(b));
+            let greatest = _mm512_max_epi32(_mm512_and_si512(a, bits), _mm512_and_si512(b, bits));
+            f32::from_bits(_mm512_reduce_max_epi32(greatest) as u32)
+        }
+    }
+    #[inline(always)]
     unsafe fn load_f16(from: *const f16) -> __m512 {
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
     }

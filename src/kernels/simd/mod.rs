@@ -268,6 +268,9 @@ pub trait Simd: Copy + 'static {
     unsafe fn sum(a: Self::F) -> f32;
     /// Greatest lane.
     unsafe fn greatest(a: Self::F) -> f32;
+    /// Greatest absolute value of both vectors' lanes; NaN if any lane is NaN. As integers, the bits of numbers without
+    /// sign are ordered as the numbers are, with NaN behind infinity.
+    unsafe fn greatest_abs(a: Self::F, b: Self::F) -> f32;
 
     unsafe fn load_f16(from: *const f16) -> Self::F;
     /// Rounds to nearest, ties to even.
@@ -484,6 +487,7 @@ mod tests {
                     found.push(("min", i, floats::<S>(S::min(a, b))));
                     found.push(("abs", i, floats::<S>(S::abs(a))));
                     found.push(("sum", i, computed::<S>(S::splat(S::sum(a)))));
+                    found.push(("greatest_abs", i, vec![S::greatest_abs(a, b).to_bits()]));
                     let mut narrow = Shifted::new([f16::ZERO; LANES]);
                     S::store_f16(narrow.to(), a);
                     let narrow = narrow.values().map(|value| if value.is_nan() { f16::NAN } else { value });
@@ -718,6 +722,11 @@ mod tests {
                     match a.is_nan() || b.is_nan() {
                         true => assert!(max.to_bits() == b.to_bits() && min.to_bits() == b.to_bits()),
                         false => assert!(max == a.max(b) && min == a.min(b)),
+                    }
+                    let greatest = S::greatest_abs([a; LANES], std::array::from_fn(|i| if i == 5 { b } else { 0.0 }));
+                    match a.is_nan() || b.is_nan() {
+                        true => assert!(greatest.is_nan()),
+                        false => assert_eq!(greatest, a.abs().max(b.abs())),
                     }
                     // The product of two f32 is exact in f64; where the sum is too, the result is rounded once.
                     let (product, c) = (a as f64 * b as f64, c as f64);

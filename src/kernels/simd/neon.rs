@@ -168,6 +168,17 @@ impl<const DOT: bool> Simd for Neon<DOT> {
         unsafe { vmaxvq_f32(vmaxq_f32(vmaxq_f32(a[0], a[1]), vmaxq_f32(a[2], a[3]))) }
     }
     #[inline(always)]
+    unsafe fn greatest_abs(a: Self::F, b: Self::F) -> f32 {
+        unsafe {
+            let bits = |a: float32x4_t| vandq_s32(vreinterpretq_s32_f32(a), vdupq_n_s32(0x7fff_ffff));
+            let mut greatest = vmaxq_s32(bits(a[0]), bits(b[0]));
+            for i in 1..4 {
+                greatest = vmaxq_s32(greatest, vmaxq_s32(bits(a[i]), bits(b[i])));
+            }
+            f32::from_bits(vmaxvq_s32(greatest) as u32)
+        }
+    }
+    #[inline(always)]
     unsafe fn load_f16(from: *const f16) -> Self::F {
         unsafe {
             let mut wide = [vdupq_n_f32(0.0); 4];

@@ -21,9 +21,10 @@ where
     std::array::from_fn(|i| f(a[i], b[i]))
 }
 
+/// The dot product of four weights with the four bytes at `x`.
 #[inline(always)]
-fn dot_4(w: [i32; 4], x: *const i8) -> i32 {
-    // SAFETY: the caller gives four bytes.
+unsafe fn dot_4(w: [i32; 4], x: *const i8) -> i32 {
+    // SAFETY: this function's condition.
     let x: [i8; 4] = unsafe { x.cast::<[i8; 4]>().read_unaligned() };
     (0..4).map(|i| w[i] * x[i] as i32).sum()
 }
@@ -103,6 +104,11 @@ impl Simd for Scalar {
     #[inline(always)]
     unsafe fn greatest(a: Self::F) -> f32 {
         a.into_iter().fold(f32::NEG_INFINITY, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    unsafe fn greatest_abs(a: Self::F, b: Self::F) -> f32 {
+        let bits = a.into_iter().chain(b).map(|v| v.to_bits() & 0x7fff_ffff);
+        f32::from_bits(bits.fold(0, |a, b| if a > b { a } else { b }))
     }
     #[inline(always)]
     unsafe fn load_f16(from: *const f16) -> Self::F {
@@ -193,11 +199,13 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     unsafe fn dot_u7(acc: Self::I, w: Self::B, x: *const i8) -> Self::I {
-        std::array::from_fn(|i| acc[i].wrapping_add(dot_4(std::array::from_fn(|t| w[4 * i + t] as i32), x)))
+        std::array::from_fn(|i| acc[i].wrapping_add(unsafe { dot_4(std::array::from_fn(|t| w[4 * i + t] as i32), x) }))
     }
     #[inline(always)]
     unsafe fn dot_i8(acc: Self::I, w: Self::B, x: *const i8) -> Self::I {
-        std::array::from_fn(|i| acc[i].wrapping_add(dot_4(std::array::from_fn(|t| w[4 * i + t] as i8 as i32), x)))
+        std::array::from_fn(|i| {
+            acc[i].wrapping_add(unsafe { dot_4(std::array::from_fn(|t| w[4 * i + t] as i8 as i32), x) })
+        })
     }
     #[inline(always)]
     unsafe fn widen_bf16(pairs: Self::B) -> [Self::F; 2] {
