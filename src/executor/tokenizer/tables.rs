@@ -1,0 +1,118 @@
+//! The one interface over the two kinds of tokenizer: a tokenizer.json, which the crate `tokenizers` reads, and a GGUF
+//! file's, which is this crate's own.
+
+use std::collections::HashSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+
+use super::gguf;
+use crate::error::{Error, Result};
+
+/// What turns text into tokens and back.
+pub(super) enum Tables {
+    Json(Box<JsonTables>),
+    Gguf(Box<gguf::Tables>),
+}
+
+/// A tokenizer.json.
+pub(super) struct JsonTables {
+    pub(super) tables: tokenizers::Tokenizer,
+    /// For errors.
+    pub(super) path: PathBuf,
+}
+
+impl From<JsonTables> for Tables {
+    fn from(tables: JsonTables) -> Self {
+        Self::Json(Box::new(tables))
+    }
+}
+
+impl From<gguf::Tables> for Tables {
+    fn from(tables: gguf::Tables) -> Self {
+        Self::Gguf(Box::new(tables))
+    }
+}
+
+impl JsonTables {
+    /// Reads a tokenizer.json.
+    pub(super) fn read(path: &Path, bytes: Vec<u8>) -> Result<Self> {
+        let refused = |reason: String| Error::file(path, format!("not a tokenizer ({reason}); fetch the file again"));
+        let tables = guarded(|| {
+            let mut tables = tokenizers::Tokenizer::from_bytes(bytes)?;
+            // Saved settings for batches of training texts; a prompt is taken whole and as it is.
+            tables.with_truncation(None)?;
+            tables.with_padding(None);
+            Ok(tables)
+        });
+        Ok(Self { tables: tables.map_err(refused)?, path: path.into() })
+    }
+
+    /// Runs code of `tokenizers`. Some of what a file may ask for makes it panic.
+    fn run<T>(&self, run: impl FnOnce(&tokenizers::Tokenizer) -> tokenizers::Result<T>) -> Result<T> {
+        guarded(|| run(&self.tables))
+            .map_err(|reason| Error::Tokenizer(format!("{}: {reason}; fetch the file again", self.path.display())))
+    }
+}
+
+/// Calls `run` and turns an error or a panic into its text.
+pub(super) fn guarded<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(result) => result.map_err(|error| error.to_string()),
+        Err(panic) => {
+            let text = panic.downcast_ref::<&str>().map(|text| text.to_string());
+            let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+            Err(format!("the tokenizer panicked: {}", text.unwrap_or_default()))
+        }
+    }
+}
+
+impl Tables {
+    pub(super) fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
+        match self {
+            Self::Json(json) => {
+                json.run(|tables| Ok(tables.encode_fast(text, add_special_tokens)?.get_ids().to_vec()))
+            }
+            Self::Gguf(gguf) => gguf.encode(text, add_special_tokens),
+        }
+    }
+
+    pub(super) fn decode(&self, tokens: &[u32], skip_special_tokens: bool) -> Result<String> {
+        match self {
+            Self::Json(json) => json.run(|tables| tables.decode(tokens, skip_special_tokens)),
+            Self::Gguf(gguf) => Ok(gguf.decode(tokens, skip_special_tokens)),
+        }
+    }
+
+    pub(super) fn token_to_id(&self, token: &str) -> Option<u32> {
+        match self {
+            Self::Json(json) => json.tables.token_to_id(token),
+            Self::Gguf(gguf) => gguf.token_to_id(token),
+        }
+    }
+
+    pub(super) fn has_token(&self, id: u32) -> bool {
+        match self {
+            Self::Json(json) => json.tables.id_to_token(id).is_some(),
+            Self::Gguf(gguf) => (id as usize) < gguf.size(),
+        }
+    }
+
+    /// Number of tokens, added ones included.
+    pub(super) fn size(&self) -> usize {
+        match self {
+            Self::Json(json) => json.tables.get_vocab_size(true),
+            Self::Gguf(gguf) => gguf.size(),
+        }
+    }
+
+    /// Tokens that are not shown where special ones are skipped.
+    pub(super) fn special(&self) -> HashSet<u32> {
+        match self {
+            Self::Json(json) => {
+                let added = json.tables.get_added_vocabulary().get_added_tokens_decoder();
+                added.iter().filter(|(_, token)| token.special).map(|(&id, _)| id).collect()
+            }
+            Self::Gguf(gguf) => gguf.hidden().clone(),
+        }
+    }
+}
