@@ -5,9 +5,9 @@
 //! Files say less than a model needs: many name one end token where the chat format has several, and give control
 //! tokens the type of ordinary text. Like llama.cpp, this module knows such tokens by their text.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
-use crate::error::{Result, shorten};
+use crate::error::{Error, Result, shorten};
 use crate::weights::gguf::GgufFile;
 
 /// Type of a token, as `tokenizer.ggml.token_type` numbers them.
@@ -199,7 +199,7 @@ impl<'a> Vocabulary<'a> {
                     numbers.len(),
                     texts.len()
                 );
-                return Err(crate::error::Error::file(gguf.path(), reason));
+                return Err(Error::file(gguf.path(), reason));
             }
             stored_types = numbers[..texts.len()].iter().map(|&number| TokenType::from_number(number)).collect();
         }
@@ -270,7 +270,7 @@ impl<'a> Vocabulary<'a> {
             ends.retain(|&id| id != s);
             self.types[s as usize] = TokenType::Normal;
         }
-        let mut seen = std::collections::HashSet::new();
+        let mut seen = HashSet::new();
         ends.retain(|&id| seen.insert(id));
         self.ends = ends;
     }
@@ -295,7 +295,7 @@ pub(crate) fn end_token_ids(gguf: &GgufFile) -> Vec<u32> {
     }
 }
 
-/// The id under the first key that is there, or the default; `None` where it is no token's.
+/// The id under the first key that names a token, or the default if that is one.
 fn role_id(gguf: &GgufFile, names: &[&str], default: Option<u32>, count: usize) -> Option<RoleId> {
     let is_token = |id: &u32| (*id as usize) < count;
     let default = default.filter(is_token).map(|id| RoleId { id, given: false });
@@ -305,15 +305,9 @@ fn role_id(gguf: &GgufFile, names: &[&str], default: Option<u32>, count: usize) 
             Ok(None) => {}
             Ok(Some(id)) => match u32::try_from(id).ok().filter(is_token) {
                 Some(id) => return Some(RoleId { id, given: true }),
-                None => {
-                    tracing::warn!("{}: `{key}` is {id}, which is no token: ignored", gguf.path().display());
-                    return default;
-                }
+                None => tracing::warn!("{}: `{key}` is {id}, which is no token: ignored", gguf.path().display()),
             },
-            Err(error) => {
-                tracing::warn!("{}: ignored", shorten(&error.to_string()));
-                return default;
-            }
+            Err(error) => tracing::warn!("{}: ignored", shorten(&error.to_string())),
         }
     }
     default

@@ -37,7 +37,8 @@ fn main() -> anyhow::Result<()> {
 }
 
 fn answer(question: Question, loaded: &mut Option<Tokenizer>) -> Result<Value> {
-    let tokenizer = |loaded: &Option<Tokenizer>| loaded.clone().ok_or_else(|| Error::Tokenizer("none is loaded".into()));
+    let tokenizer =
+        |loaded: &Option<Tokenizer>| loaded.clone().ok_or_else(|| Error::Tokenizer("none is loaded".into()));
     Ok(match question {
         Question::Load { path } => {
             *loaded = None;

@@ -16,6 +16,7 @@ def main(path):
     params.model.path = path
     params.n_ctx, params.n_parallel, params.warmup = 256, 1, False
     params.cpuparams.n_threads = 1
+    params.verbosity = 5  # the log lists the tokens that end a generation
     params.port = 20000 + os.getpid() % 20000
     server = xllamacpp.Server(params)
     for line in sys.stdin:

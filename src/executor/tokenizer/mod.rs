@@ -6,6 +6,7 @@
 mod chat_template;
 mod gguf;
 mod incremental;
+mod json_limits;
 mod stop_strings;
 mod tables;
 #[cfg(test)]
@@ -18,9 +19,9 @@ use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
 
-use self::tables::{JsonTables, Tables};
 pub use self::incremental::IncrementalDecoder;
 pub use self::stop_strings::{StopMatch, StopStringMatcher};
+use self::tables::{JsonTables, Tables};
 use crate::error::{Error, Result};
 
 /// One message of a conversation.
@@ -187,7 +188,18 @@ impl Tokenizer {
     }
 }
 
+/// The largest file of a tokenizer. Real ones have up to 40 MB.
+const MAX_FILE: u64 = 128 << 20;
+
 fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>> {
+    let refused = |reason: String| Err(Error::file(path, reason));
+    match fs::metadata(path) {
+        Ok(metadata) if !metadata.is_file() => return refused("is not a regular file".into()),
+        Ok(metadata) if metadata.len() > MAX_FILE => {
+            return refused(format!("has {} bytes, and a file of a tokenizer at most {MAX_FILE}", metadata.len()));
+        }
+        _ => {}
+    }
     match fs::read(path) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),

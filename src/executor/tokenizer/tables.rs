@@ -5,8 +5,9 @@ use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
-use super::gguf;
+use super::{gguf, json_limits};
 use crate::error::{Error, Result};
+use crate::pipeline::worker::panic_message;
 
 /// What turns text into tokens and back.
 pub(super) enum Tables {
@@ -38,6 +39,7 @@ impl JsonTables {
     pub(super) fn read(path: &Path, bytes: Vec<u8>) -> Result<Self> {
         let refused = |reason: String| Error::file(path, format!("not a tokenizer ({reason}); fetch the file again"));
         let tables = guarded(|| {
+            json_limits::check(&bytes)?;
             let mut tables = tokenizers::Tokenizer::from_bytes(bytes)?;
             // Saved settings for batches of training texts; a prompt is taken whole and as it is.
             tables.with_truncation(None)?;
@@ -58,20 +60,14 @@ impl JsonTables {
 pub(super) fn guarded<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> std::result::Result<T, String> {
     match catch_unwind(AssertUnwindSafe(run)) {
         Ok(result) => result.map_err(|error| error.to_string()),
-        Err(panic) => {
-            let text = panic.downcast_ref::<&str>().map(|text| text.to_string());
-            let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
-            Err(format!("the tokenizer panicked: {}", text.unwrap_or_default()))
-        }
+        Err(panic) => Err(format!("the tokenizer panicked: {}", panic_message(&*panic))),
     }
 }
 
 impl Tables {
     pub(super) fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
         match self {
-            Self::Json(json) => {
-                json.run(|tables| Ok(tables.encode_fast(text, add_special_tokens)?.get_ids().to_vec()))
-            }
+            Self::Json(json) => json.run(|tables| Ok(tables.encode_fast(text, add_special_tokens)?.get_ids().to_vec())),
             Self::Gguf(gguf) => gguf.encode(text, add_special_tokens),
         }
     }
@@ -114,5 +110,66 @@ impl Tables {
             }
             Self::Gguf(gguf) => gguf.hidden().clone(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::super::Tokenizer;
+    use super::super::test_support::{byte_level, folder, saved};
+
+    fn folder_with(change: impl FnOnce(&mut Value)) -> tempfile::TempDir {
+        let mut saved: Value = serde_json::from_str(&saved(&byte_level()).1).unwrap();
+        change(&mut saved);
+        folder(&[("tokenizer.json", saved.to_string())])
+    }
+
+    #[test]
+    fn panics_inside_tokenizers_become_errors_with_the_file() {
+        let of_load = folder_with(|json| {
+            json["normalizer"] = json!({"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="});
+            json["added_tokens"][0]["normalized"] = json!(true);
+        });
+        let refused = Tokenizer::from_hf_dir(of_load.path()).unwrap_err().to_string();
+        assert!(refused.contains("tokenizer.json: not a tokenizer (the tokenizer panicked: "), "{refused}");
+
+        let of_encode = folder_with(|json| json["pre_tokenizer"] = json!({"type": "FixedLength", "length": 0}));
+        let tokenizer = Tokenizer::from_hf_dir(of_encode.path()).unwrap().unwrap();
+        let refused = tokenizer.encode("hello", true).unwrap_err().to_string();
+        assert!(refused.contains("tokenizer.json: the tokenizer panicked: "), "{refused}");
+
+        let of_decode = folder_with(|json| {
+            json["decoder"] = json!({"type": "Strip", "content": "h", "start": 0, "stop": 9});
+        });
+        let tokenizer = Tokenizer::from_hf_dir(of_decode.path()).unwrap().unwrap();
+        let tokens = tokenizer.encode("hhh", false).unwrap();
+        let refused = tokenizer.decode(&tokens, true).unwrap_err().to_string();
+        assert!(refused.contains("tokenizer.json: the tokenizer panicked: "), "{refused}");
+    }
+
+    #[test]
+    fn a_tokenizer_json_that_asks_for_gigabytes_is_refused() {
+        // A table of 4 GB in the header, and 20 kB.
+        let charsmap = format!("/////w{}", "A".repeat(19_998));
+        let bomb = folder_with(|json| {
+            json["normalizer"] = json!({"type": "Precompiled", "precompiled_charsmap": charsmap});
+        });
+        let refused = Tokenizer::from_hf_dir(bomb.path()).unwrap_err().to_string();
+        assert!(
+            refused.contains("tokenizer.json: not a tokenizer") && refused.contains("4294967295 bytes"),
+            "{refused}"
+        );
+
+        let bomb = folder_with(|_| {});
+        let file = std::fs::File::create(bomb.path().join("tokenizer.json")).unwrap();
+        file.set_len(1 << 40).unwrap();
+        let refused = Tokenizer::from_hf_dir(bomb.path()).unwrap_err().to_string();
+        assert!(refused.contains("tokenizer.json") && refused.contains("1099511627776 bytes"), "{refused}");
+        std::fs::remove_file(bomb.path().join("tokenizer.json")).unwrap();
+        std::fs::create_dir(bomb.path().join("tokenizer.json")).unwrap();
+        let refused = Tokenizer::from_hf_dir(bomb.path()).unwrap_err().to_string();
+        assert!(refused.contains("not a regular file"), "{refused}");
     }
 }

@@ -167,14 +167,18 @@ impl Tables {
                 (Encoder::Plamo(encoder), Spelling::Verbatim, false, false, false)
             }
             "" => {
-                let reason = format!("`tokenizer.ggml.model` is missing: the kind of the tokenizer is unknown; {WAY_OUT}");
+                let reason =
+                    format!("`tokenizer.ggml.model` is missing: the kind of the tokenizer is unknown; {WAY_OUT}");
                 return Err(Error::file(gguf.path(), reason));
             }
             other => return Err(unsupported("GGUF tokenizer", other)),
         };
         let id_around = |adds: bool, role: Option<RoleId>, key: &str| {
             if adds && role.is_none() {
-                tracing::warn!("{}: no token is put at the text's end for `{key}`: it has no id", gguf.path().display());
+                tracing::warn!(
+                    "{}: no token is put at the text's end for `{key}`: it has no id",
+                    gguf.path().display()
+                );
             }
             role.filter(|_| adds).map(|role| role.id)
         };
@@ -235,7 +239,8 @@ impl Tables {
                 self.spell(id, &mut bytes);
             }
         }
-        let text = String::from_utf8(bytes).unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned());
+        let text =
+            String::from_utf8(bytes).unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned());
         match text.strip_prefix(' ').filter(|_| self.space_prefix) {
             Some(stripped) => stripped.to_owned(),
             None => text,

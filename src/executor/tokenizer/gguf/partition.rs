@@ -97,9 +97,10 @@ mod tests {
 
     fn partition(tokens: &[(&'static str, bool, bool)]) -> Partition {
         let tokens = tokens.iter().zip(0..);
-        Partition::new(tokens.map(|(&(text, strips_left, strips_right), id)| {
-            (text, SpecialToken { id, strips_left, strips_right })
-        }))
+        Partition::new(
+            tokens
+                .map(|(&(text, strips_left, strips_right), id)| (text, SpecialToken { id, strips_left, strips_right })),
+        )
     }
 
     #[test]
@@ -113,7 +114,8 @@ mod tests {
 
     #[test]
     fn special_tokens_strip_white_space_beside_them() {
-        let strips = partition(&[("<r>", false, true), ("<l>", true, false), ("<p>", false, false), ("\n\n", false, false)]);
+        let strips =
+            partition(&[("<r>", false, true), ("<l>", true, false), ("<p>", false, false), ("\n\n", false, false)]);
         assert_eq!(strips.parts("a <r>\n\t b").unwrap(), [Text("a "), Token(0), Text("b")]);
         assert_eq!(strips.parts("a \n<l> b").unwrap(), [Text("a"), Token(1), Text(" b")]);
         assert_eq!(strips.parts(" <p> ").unwrap(), [Text(" "), Token(2), Text(" ")]);

@@ -47,7 +47,8 @@ impl Plamo {
         let mut here = Vec::new();
         for (start, character) in text.char_indices().rev() {
             here.clear();
-            self.tokens.each(&text.as_bytes()[start..], |length, id| here.push((length, Some(id), self.scores[id as usize])));
+            self.tokens
+                .each(&text.as_bytes()[start..], |length, id| here.push((length, Some(id), self.scores[id as usize])));
             here.reverse();
             here.push((character.len_utf8(), None, UNKNOWN_SCORE));
             best[start].0 = i64::MAX;

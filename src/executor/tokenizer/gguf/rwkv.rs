@@ -20,9 +20,8 @@ impl Rwkv {
         let mut rest = text.as_bytes();
         while let Some(byte) = rest.first() {
             let longest = self.tokens.longest(rest).or(self.unknown.map(|unknown| (1, unknown)));
-            let (length, id) = longest.ok_or_else(|| {
-                Error::Tokenizer(format!("the vocabulary has no token for the byte 0x{byte:02X}"))
-            })?;
+            let (length, id) = longest
+                .ok_or_else(|| Error::Tokenizer(format!("the vocabulary has no token for the byte 0x{byte:02X}")))?;
             ids.push(id);
             rest = &rest[length..];
         }

@@ -53,7 +53,8 @@ pub(super) fn scores(gguf: &GgufFile, count: usize) -> Result<Vec<f32>> {
     const KEY: &str = "tokenizer.ggml.scores";
     let Some(scores) = gguf.get_f64_array(KEY)? else { return Ok(vec![0.0; count]) };
     if scores.len() < count {
-        let reason = format!("metadata key `{KEY}` has {} elements for {count} tokens: convert the model again", scores.len());
+        let reason =
+            format!("metadata key `{KEY}` has {} elements for {count} tokens: convert the model again", scores.len());
         return Err(Error::file(gguf.path(), reason));
     }
     // Adding zero makes of a negative zero a positive one.

@@ -22,23 +22,23 @@ fn strips(gguf: &GgufFile, vocabulary: &Vocabulary<'_>) -> Result<Strips> {
     let has = |text: &str, parts: &[&str]| parts.iter().any(|part| text.contains(part));
     // Phi-4-mini has the architecture too, and a tokenizer that strips nothing.
     let phi3 = architecture == "phi3" && vocabulary.model == "llama";
-    Ok(if has(pre, &["jina-v2-de", "jina-v2-es", "jina-v2-code"]) || has(architecture, &["nomic-bert-moe", "jina-bert-v3"])
-    {
-        Strips::LeftOf("<mask>")
-    } else if phi3 || has(&name, &["phi-3", "phi3"]) {
-        Strips::RightOfAllBut(&["<unk>", "<s>", "<|endoftext|>"])
-    } else if name.contains("modern-bert") {
-        Strips::LeftOf("[MASK]")
-    } else {
-        Strips::Nothing
-    })
+    Ok(
+        if has(pre, &["jina-v2-de", "jina-v2-es", "jina-v2-code"])
+            || has(architecture, &["nomic-bert-moe", "jina-bert-v3"])
+        {
+            Strips::LeftOf("<mask>")
+        } else if phi3 || has(&name, &["phi-3", "phi3"]) {
+            Strips::RightOfAllBut(&["<unk>", "<s>", "<|endoftext|>"])
+        } else if name.contains("modern-bert") {
+            Strips::LeftOf("[MASK]")
+        } else {
+            Strips::Nothing
+        },
+    )
 }
 
 /// The tokens that are recognised in a text as a whole.
-pub(super) fn special_tokens<'a>(
-    gguf: &GgufFile,
-    vocabulary: &Vocabulary<'a>,
-) -> Result<Vec<(&'a str, SpecialToken)>> {
+pub(super) fn special_tokens<'a>(gguf: &GgufFile, vocabulary: &Vocabulary<'a>) -> Result<Vec<(&'a str, SpecialToken)>> {
     let strips = strips(gguf, vocabulary)?;
     let special = [TokenType::Control, TokenType::UserDefined, TokenType::Unknown];
     let tokens = vocabulary.texts.iter().zip(&vocabulary.types).zip(0..);

@@ -25,7 +25,12 @@ pub(super) struct Unigram {
 }
 
 impl Unigram {
-    pub(super) fn read(gguf: &GgufFile, vocabulary: &Vocabulary<'_>, texts: &Texts, space_prefix: bool) -> Result<Self> {
+    pub(super) fn read(
+        gguf: &GgufFile,
+        vocabulary: &Vocabulary<'_>,
+        texts: &Texts,
+        space_prefix: bool,
+    ) -> Result<Self> {
         let types = &vocabulary.stored_types;
         let scores = scores(gguf, texts.len())?;
         let worst = scores.iter().zip(types).filter(|(_, kind)| **kind == TokenType::Normal).map(|(&score, _)| score);
@@ -38,7 +43,8 @@ impl Unigram {
             _ => f64::from(score),
         };
         let Some(unknown) = vocabulary.unknown.map(|role| role.id) else {
-            let reason = "the vocabulary has no unknown token (`tokenizer.ggml.unknown_token_id`): convert the model again";
+            let reason =
+                "the vocabulary has no unknown token (`tokenizer.ggml.unknown_token_id`): convert the model again";
             return Err(Error::file(gguf.path(), reason));
         };
         Ok(Self {
