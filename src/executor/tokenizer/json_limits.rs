@@ -9,11 +9,13 @@ use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess,
 /// Levels of objects and lists within each other.
 const MAX_DEPTH: usize = 24;
 /// Characters that one may become by all replacements together.
-const MAX_GROWTH: usize = 256;
-/// Characters of an added token, a replacement, or what is put before a text.
+const MAX_GROWTH: usize = 1024;
+/// Characters of a unigram model's or an added token, of a replacement, or of what is put before a text.
 const MAX_CONTENT: usize = 1024;
-/// Bytes of all tokens of a unigram model, whose trie takes a hundred times as much, and of all added tokens.
-const MAX_TEXTS: usize = 16 << 20;
+/// Bytes of all tokens of a unigram model, whose trie takes some hundred times as much, and of all added tokens.
+const MAX_TEXTS: usize = 4 << 20;
+/// Parts of a template for what is put around a text, and tokens of a part.
+const MAX_PARTS: usize = 64;
 /// Length of a word that WordPiece looks at; its time grows with the cube.
 const MAX_WORD: u64 = 1000;
 /// Characters of a regular expression.
@@ -57,8 +59,8 @@ impl Walk<'_> {
         match self.key {
             "content" | "prepend" | "vocab" => {
                 limits.texts += text.len();
-                if self.key != "vocab" && text.chars().count() > MAX_CONTENT {
-                    return beyond(&format!("a `{}`", self.key), MAX_CONTENT);
+                if text.chars().count() > MAX_CONTENT {
+                    return beyond(&format!("a text of `{}`", self.key), MAX_CONTENT);
                 }
                 if limits.texts > MAX_TEXTS {
                     return Err(format!("tokens have more than {MAX_TEXTS} bytes"));
@@ -139,26 +141,39 @@ impl<'de> Visitor<'de> for Walk<'_> {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut values: A) -> Result<Seen, A::Error> {
         self.deeper().map_err(A::Error::custom)?;
-        while values
-            .next_element_seed(Walk { limits: &mut *self.limits, key: self.key, depth: self.depth + 1 })?
-            .is_some()
-        {}
+        let most = if matches!(self.key, "single" | "pair" | "ids") { MAX_PARTS } else { usize::MAX };
+        for count in 0.. {
+            let walk = Walk { limits: &mut *self.limits, key: self.key, depth: self.depth + 1 };
+            if values.next_element_seed(walk)?.is_none() {
+                break;
+            }
+            if count >= most {
+                return Err(A::Error::custom(format!("`{}` has more than {MAX_PARTS} elements", self.key)));
+            }
+        }
         Ok(Seen::Other)
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut values: A) -> Result<Seen, A::Error> {
         self.deeper().map_err(A::Error::custom)?;
-        let (mut replaces, mut content) = (false, 0);
+        let (mut replaces, mut content, mut spells_bytes) = (false, 0, false);
         while let Some(key) = values.next_key::<Cow<'_, str>>()? {
             let walk = Walk { limits: &mut *self.limits, key: &key, depth: self.depth + 1 };
             match (&*key, values.next_value_seed(walk)?) {
-                ("type", Seen::Text(kind)) => replaces |= kind == "Replace",
+                ("type", Seen::Text(kind)) => {
+                    replaces |= kind == "Replace";
+                    spells_bytes |= kind == "ByteLevel";
+                }
                 ("content", Seen::Text(text)) => content = content.max(text.chars().count()),
                 _ => {}
             }
         }
         if replaces {
             self.limits.grow(content).map_err(A::Error::custom)?;
+        }
+        if spells_bytes {
+            // A byte beyond ASCII becomes a character of two bytes.
+            self.limits.grow(2).map_err(A::Error::custom)?;
         }
         Ok(Seen::Other)
     }
@@ -290,14 +305,19 @@ mod tests {
             refused(json!({"type": "Precompiled", "precompiled_charsmap": "/////wAA"})).contains("4294967295 bytes")
         );
         let doubling = json!({"type": "Replace", "pattern": {"String": "a"}, "content": "aa"});
-        assert!(refused(json!({"normalizers": vec![doubling; 40]})).contains("256 times"));
+        assert!(refused(json!({"normalizers": vec![doubling; 40]})).contains("1024 times"));
         let long = json!({"content": "b".repeat(2000), "type": "Replace", "pattern": {"String": "a"}});
         assert!(refused(long).contains("1024 characters"));
         assert!(refused(json!({"type": "Prepend", "prepend": "b".repeat(2000)})).contains("`prepend`"));
+        let bytes = json!({"type": "ByteLevel"});
+        assert!(refused(json!({"normalizers": vec![bytes; 20]})).contains("1024 times"));
+        assert!(refused(json!({"single": vec![1; 100]})).contains("`single` has more than 64"));
+        assert!(refused(json!({"x": {"ids": vec![1; 100]}})).contains("`ids` has more than 64"));
+        assert!(refused(json!({"vocab": [["a".repeat(5000), 0.5]]})).contains("1024 characters"));
         assert!(refused(json!({"pattern": {"Regex": "(?:(?=a)b{1000}){1000}"}})).contains("4096 times"));
         assert!(refused(json!({"pattern": {"Regex": "a".repeat(20_000)}})).contains("regular expression"));
         assert!(refused(json!({"max_input_chars_per_word": 1_000_000})).contains("max_input_chars_per_word"));
-        assert!(refused(json!({"vocab": [["a".repeat(17 << 20), 0.5]]})).contains("bytes"));
+        assert!(refused(json!({"vocab": vec![json!(["a".repeat(1000), 0.5]); 5000]})).contains("bytes"));
         let nested = (0..30).fold(json!(1), |inner, _| json!([inner]));
         assert!(refused(nested).contains("24 deep"));
         assert!(refused(json!({"vocab": vec![json!({"pattern": {"Regex": "a"}}); 300]})).contains("256 regular"));
