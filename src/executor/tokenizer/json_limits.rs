@@ -13,7 +13,7 @@ const MAX_GROWTH: usize = 1024;
 /// Characters of a unigram model's or an added token, of a replacement, or of what is put before a text.
 const MAX_CONTENT: usize = 1024;
 /// Bytes of all tokens of a unigram model, whose trie takes some hundred times as much, and of all added tokens.
-const MAX_TEXTS: usize = 4 << 20;
+const MAX_TEXTS: usize = 6 << 20;
 /// Parts of a template for what is put around a text, and tokens of a part.
 const MAX_PARTS: usize = 64;
 /// Length of a word that WordPiece looks at; its time grows with the cube.
@@ -317,7 +317,7 @@ mod tests {
         assert!(refused(json!({"pattern": {"Regex": "(?:(?=a)b{1000}){1000}"}})).contains("4096 times"));
         assert!(refused(json!({"pattern": {"Regex": "a".repeat(20_000)}})).contains("regular expression"));
         assert!(refused(json!({"max_input_chars_per_word": 1_000_000})).contains("max_input_chars_per_word"));
-        assert!(refused(json!({"vocab": vec![json!(["a".repeat(1000), 0.5]); 5000]})).contains("bytes"));
+        assert!(refused(json!({"vocab": vec![json!(["a".repeat(1000), 0.5]); 7000]})).contains("bytes"));
         let nested = (0..30).fold(json!(1), |inner, _| json!([inner]));
         assert!(refused(nested).contains("24 deep"));
         assert!(refused(json!({"vocab": vec![json!({"pattern": {"Regex": "a"}}); 300]})).contains("256 regular"));

@@ -22,8 +22,19 @@ pub(super) struct Merger {
     pub(super) symbols: Vec<Symbol>,
     /// Neighbours of each symbol; an index beyond the symbols for none.
     neighbours: Vec<(usize, usize)>,
-    /// Rank, left and right symbol, and the length of both when the pair was found.
-    candidates: BinaryHeap<Reverse<(u32, usize, usize, usize, u32)>>,
+    candidates: BinaryHeap<Reverse<Candidate>>,
+}
+
+/// Two neighbours that may be merged, in the order in which candidates are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Candidate {
+    rank: u32,
+    left: usize,
+    right: usize,
+    /// Of both together when they were found.
+    length: usize,
+    /// The result's.
+    id: u32,
 }
 
 impl Merger {
@@ -46,7 +57,7 @@ impl Merger {
         for right in 1..count {
             self.propose(right - 1, right, &pair);
         }
-        while let Some(Reverse((_, left, right, length, id))) = self.candidates.pop() {
+        while let Some(Reverse(Candidate { left, right, length, id, .. })) = self.candidates.pop() {
             let (a, b) = (self.symbols[left], self.symbols[right]);
             // Symbols only grow or vanish, so the length tells whether the pair is still what it was.
             if a.length == 0 || b.length == 0 || a.length + b.length != length {
@@ -68,7 +79,7 @@ impl Merger {
     fn propose(&mut self, left: usize, right: usize, pair: &impl Fn(Symbol, Symbol) -> Option<(u32, u32)>) {
         let (Some(&a), Some(&b)) = (self.symbols.get(left), self.symbols.get(right)) else { return };
         if let Some((rank, id)) = pair(a, b) {
-            self.candidates.push(Reverse((rank, left, right, a.length + b.length, id)));
+            self.candidates.push(Reverse(Candidate { rank, left, right, length: a.length + b.length, id }));
         }
     }
 }
