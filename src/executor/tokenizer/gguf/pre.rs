@@ -139,7 +139,7 @@ impl Splitter {
 
     /// The words of a text, one after the other, which together are the text.
     pub(super) fn words(&self, text: &str) -> Result<Vec<Range<usize>>> {
-        let mut words = Vec::from([0..text.len()]);
+        let mut words: Vec<Range<usize>> = std::iter::once(0..text.len()).collect();
         for step in &self.steps {
             let mut finer = Vec::with_capacity(words.len());
             for word in words {
