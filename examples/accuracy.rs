@@ -376,7 +376,7 @@ async fn read_text(model: &str, path: &Path) -> Result<Vec<Vec<u32>>> {
     let text = std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
     let pipeline = HeterogeneousPipeline::new(&[DeviceSpec::CPU], model)?;
     let executor = HeterogeneousPipelineExecutor::new(pipeline, model).await?;
-    let tokenizer = executor.tokenizer().context("--text needs a model with a tokenizer")?;
+    let tokenizer = executor.needed_tokenizer().context("--text needs a tokenizer")?;
     let most = executor.pipeline().config().max_position_embeddings;
     let paragraphs = text.split("\n\n").map(str::trim).filter(|paragraph| !paragraph.is_empty());
     let encode = |paragraph: &str| -> Result<Vec<u32>> {

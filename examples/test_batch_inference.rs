@@ -43,7 +43,7 @@ async fn run() -> anyhow::Result<()> {
     let metrics = prometheus.as_ref().map(|_| instruments.metrics(MetricsOptions::default())).transpose()?;
     let executor = flags.load_watched(ExecutorOptions::default(), instruments).await?;
     let defaults = ["Once upon a time", "One sunny morning", "There was a little"];
-    let prompts = flags.prompts(executor.tokenizer(), &defaults)?;
+    let prompts = flags.prompts(executor.needed_tokenizer(), &defaults)?;
     // With --sequences above the number of prompts they are repeated in turn.
     let sequences = flags.sequences.max(prompts.len());
     let prompts: Vec<_> = prompts.into_iter().cycle().take(sequences).collect();

@@ -24,7 +24,7 @@ async fn run() -> anyhow::Result<()> {
     let flags = Flags::parse();
     let executor = flags.load().await?;
     let tokenizer = executor.tokenizer();
-    let prompts = flags.prompts(tokenizer, &["Once upon a time"])?;
+    let prompts = flags.prompts(executor.needed_tokenizer(), &["Once upon a time"])?;
     let [prompt] = prompts.as_slice() else {
         anyhow::bail!("one prompt, please; test_batch_inference takes several");
     };

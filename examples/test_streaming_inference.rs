@@ -22,7 +22,7 @@ async fn main() -> ExitCode {
 async fn run() -> anyhow::Result<()> {
     let flags = Flags::parse();
     let executor = flags.load().await?;
-    let prompts = flags.prompts(executor.tokenizer(), &["Once upon a time"])?;
+    let prompts = flags.prompts(executor.needed_tokenizer(), &["Once upon a time"])?;
     for prompt in prompts {
         let options = flags.generation();
         let began = Instant::now();

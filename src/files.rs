@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 pub(crate) const MAX_CONFIG_BYTES: u64 = 4 << 20;
 
 /// Far above every tokenizer: the largest have some 40 MB.
-pub(crate) const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
+pub(crate) const MAX_TOKENIZER_BYTES: u64 = 128 << 20;
 
 /// Opens a regular file.
 pub(crate) fn open_regular(path: &Path) -> Result<File> {

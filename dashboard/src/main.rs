@@ -169,7 +169,10 @@ impl Dashboard<'_> {
             Some(tokenizer) => tokenizer.encode(&prompt, true),
             None => match parse_ids(&prompt) {
                 Ok(ids) => Ok(ids),
-                Err(_) => return self.app.end("no tokenizer: write token ids, as in 1,2,3".into()),
+                Err(_) => {
+                    let why = self.executor.needed_tokenizer().err().map(|error| error.to_string()).unwrap_or_default();
+                    return self.app.end(format!("{why}; write token ids, as in 1,2,3"));
+                }
             },
         };
         let ids = match ids {

@@ -225,7 +225,7 @@ impl Flags {
     }
 
     /// The prompts as token ids: those given, or `defaults`.
-    pub fn prompts(&self, tokenizer: Option<&Tokenizer>, defaults: &[&str]) -> Result<Vec<Vec<u32>>> {
+    pub fn prompts(&self, tokenizer: candle_pipeline::Result<&Tokenizer>, defaults: &[&str]) -> Result<Vec<Vec<u32>>> {
         if !self.token_ids.is_empty() {
             return self.token_ids.iter().map(|list| parse_ids(list)).collect();
         }
@@ -234,9 +234,7 @@ impl Flags {
             None if self.prompt.is_empty() => defaults.iter().map(|text| text.to_string()).collect(),
             None => self.prompt.clone(),
         };
-        let Some(tokenizer) = tokenizer else {
-            bail!("{} has no tokenizer: give the prompt as --token-ids", self.model);
-        };
+        let tokenizer = tokenizer.context("a prompt of text needs a tokenizer; --token-ids does without")?;
         let variables = self.chat_var.iter().cloned().collect();
         let options = ChatOptions::prompt().with_variables(variables);
         let encode = |text: String| match self.chat {

@@ -226,7 +226,7 @@ fn prompts(arguments: &Arguments, executor: &HeterogeneousPipelineExecutor) -> R
         let case = Case { prompt: 4, generate: 0, sequences: 1 };
         return Ok(case.prompts(executor.pipeline().config().vocab_size));
     }
-    let prompts = flags.prompts(executor.tokenizer(), &["Once upon a time"])?;
+    let prompts = flags.prompts(executor.needed_tokenizer(), &["Once upon a time"])?;
     ensure!(prompts.iter().all(|prompt| !prompt.is_empty()), "a prompt is empty");
     Ok(prompts)
 }

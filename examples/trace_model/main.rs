@@ -228,7 +228,7 @@ async fn run() -> Result<()> {
         }
     }
     let tokenizer = executor.tokenizer().cloned();
-    let prompts = flags.prompts(tokenizer.as_ref(), &["Once upon a time"])?;
+    let prompts = flags.prompts(executor.needed_tokenizer(), &["Once upon a time"])?;
     let [prompt] = prompts.as_slice() else { bail!("one prompt, please: a report is of one") };
     // An error is shown behind the report: what the layers did may be its cause.
     let outcome = executor.infer_with(prompt, &flags.generation()).await;

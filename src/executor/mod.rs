@@ -135,7 +135,7 @@ struct Inner {
     /// Requests that wait for admission, and how many may.
     waiting: Arc<AtomicUsize>,
     queue_limit: Option<usize>,
-    /// An unsupported tokenizer is told to whoever asks for text; token ids work without.
+    /// A tokenizer that cannot be built is an error when text is asked for; token ids work without.
     tokenizer: Result<Option<Tokenizer>>,
     failed: Arc<OnceLock<Error>>,
     stopping: Arc<AtomicBool>,
@@ -283,10 +283,9 @@ impl HeterogeneousPipelineExecutor {
             ModelFiles::HuggingFace { dir } => Tokenizer::from_hf_dir(dir),
             ModelFiles::Gguf { file } => Tokenizer::from_gguf(file),
         };
-        let tokenizer = match tokenizer {
-            Ok(_) | Err(Error::Unsupported { .. }) => tokenizer,
-            Err(damaged) => return Err(damaged),
-        };
+        if let Err(error) = &tokenizer {
+            tracing::warn!("only token ids can be used: {error}");
+        }
         let failed = Arc::new(OnceLock::new());
         let (to_scheduler, scheduler_inbox) = std::sync::mpsc::channel();
         let stopping = Arc::default();
@@ -436,9 +435,18 @@ impl HeterogeneousPipelineExecutor {
         self.submit(ids, options, true)
     }
 
-    /// The model's tokenizer, if it has one that is supported.
+    /// The model's tokenizer, if it has one that can be used.
     pub fn tokenizer(&self) -> Option<&Tokenizer> {
         self.inner.tokenizer.as_ref().ok()?.as_ref()
+    }
+
+    /// The model's tokenizer, or the reason why there is none.
+    pub fn needed_tokenizer(&self) -> Result<&Tokenizer> {
+        let missing = "the model has no tokenizer (tokenizer.json, or tokenizer.ggml.* in GGUF); use token ids";
+        match &self.inner.tokenizer {
+            Ok(tokenizer) => tokenizer.as_ref().ok_or_else(|| Error::Tokenizer(missing.into())),
+            Err(error) => Err(error.clone()),
+        }
     }
 
     /// The plan it runs.
@@ -519,14 +527,6 @@ impl HeterogeneousPipelineExecutor {
     /// The error that stopped the executor, if a stage has died. Nothing can be generated after that; build a new one.
     pub fn failure(&self) -> Option<&Error> {
         self.inner.failed.get()
-    }
-
-    fn needed_tokenizer(&self) -> Result<&Tokenizer> {
-        let missing = "the model has no tokenizer (tokenizer.json, or tokenizer.ggml.* in GGUF); use token ids";
-        match &self.inner.tokenizer {
-            Ok(tokenizer) => tokenizer.as_ref().ok_or_else(|| Error::Tokenizer(missing.into())),
-            Err(unsupported) => Err(unsupported.clone()),
-        }
     }
 
     fn submit_encoded(&self, ids: Result<Vec<u32>>, options: &GenerationOptions) -> GenerationStream {

@@ -13,3 +13,4 @@ pub mod linear;
 pub mod mask;
 pub mod rope;
 pub mod quantisation;
+pub(crate) mod vocabulary;

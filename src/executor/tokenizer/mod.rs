@@ -6,7 +6,9 @@
 mod chat_template;
 mod gguf;
 mod incremental;
+mod json_limits;
 mod stop_strings;
+mod tables;
 #[cfg(test)]
 mod test_support;
 
@@ -18,6 +20,7 @@ use std::sync::Arc;
 pub use self::chat_template::ChatOptions;
 pub use self::incremental::IncrementalDecoder;
 pub use self::stop_strings::{StopMatch, StopStringMatcher};
+use self::tables::{JsonTables, Tables};
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -59,7 +62,7 @@ pub struct Tokenizer {
 }
 
 struct Shared {
-    tables: tokenizers::Tokenizer,
+    tables: Tables,
     /// Ids that `skip_special_tokens` leaves out.
     special: HashSet<u32>,
     /// "bos_token", "eos_token", ... with their texts: variables of the chat template.
@@ -100,8 +103,7 @@ impl Tokenizer {
                 None => Ok(None),
             };
         };
-        let tables = tokenizers::Tokenizer::from_bytes(bytes)
-            .map_err(|error| Error::file(&path, format!("not a tokenizer ({error}); fetch the file again")))?;
+        let tables = JsonTables::read(&path, bytes)?;
         let config = read_json(&dir.join("tokenizer_config.json"))?.unwrap_or_default();
         let special_tokens_map = read_json(&dir.join("special_tokens_map.json"))?.unwrap_or_default();
 
@@ -123,15 +125,12 @@ impl Tokenizer {
     }
 
     fn assemble(
-        mut tables: tokenizers::Tokenizer,
+        tables: impl Into<Tables>,
         named: BTreeMap<String, String>,
         template: Option<String>,
     ) -> tokenizers::Result<Self> {
-        // Saved settings for batches of training texts; a prompt is taken whole and as it is.
-        tables.with_truncation(None)?;
-        tables.with_padding(None);
-        let added = tables.get_added_vocabulary().get_added_tokens_decoder();
-        let special = added.iter().filter(|(_, token)| token.special).map(|(&id, _)| id).collect();
+        let tables = tables.into();
+        let special = tables.special();
         let id = |name| named.get(name).and_then(|text: &String| tables.token_to_id(text));
         let (bos, eos) = (id("bos_token"), id("eos_token"));
         let chat = template.map(chat_template::compile);
@@ -141,15 +140,13 @@ impl Tokenizer {
     /// The token ids of a text. `add_special_tokens` puts the tokens around it that the model expects at the ends of a
     /// text (often a BOS token). Special tokens spelled out in the text become what they say either way.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
-        let encoding = self.shared.tables.encode_fast(text, add_special_tokens);
-        Ok(encoding.map_err(|error| Error::Tokenizer(error.to_string()))?.get_ids().to_vec())
+        self.shared.tables.encode(text, add_special_tokens)
     }
 
     /// The text of token ids. Ids outside the vocabulary (models pad their embedding table) have no text. Bytes that
     /// are not UTF-8 become U+FFFD.
     pub fn decode(&self, tokens: &[u32], skip_special_tokens: bool) -> Result<String> {
-        let text = self.shared.tables.decode(tokens, skip_special_tokens);
-        text.map_err(|error| Error::Tokenizer(error.to_string()))
+        self.shared.tables.decode(tokens, skip_special_tokens)
     }
 
     /// The id of a token spelled as in the vocabulary.
@@ -169,7 +166,7 @@ impl Tokenizer {
 
     /// Number of tokens, added ones included. The model's embedding table may have more rows.
     pub fn vocab_size(&self) -> usize {
-        self.shared.tables.get_vocab_size(true)
+        self.shared.tables.size()
     }
 
     /// Whether [`apply_chat_template`](Self::apply_chat_template) has a template to apply.
@@ -180,7 +177,7 @@ impl Tokenizer {
     /// Whether decoding takes notice of a token at all.
     fn has_text(&self, token: u32, skip_special_tokens: bool) -> bool {
         let skipped = skip_special_tokens && self.shared.special.contains(&token);
-        !skipped && self.shared.tables.id_to_token(token).is_some()
+        !skipped && self.shared.tables.has_token(token)
     }
 }
 

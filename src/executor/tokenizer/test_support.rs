@@ -15,6 +15,7 @@ use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
 use tokenizers::processors::template::TemplateProcessing;
 
 use super::incremental::LONGEST_WINDOW;
+use super::tables::JsonTables;
 use super::{IncrementalDecoder, Tokenizer};
 
 pub(super) const TEXTS: [&str; 8] = [
@@ -109,8 +110,12 @@ pub(super) fn sentencepiece_like(spaces: Spaces) -> tokenizers::Tokenizer {
     tables
 }
 
+fn json(tables: tokenizers::Tokenizer) -> JsonTables {
+    JsonTables { tables, path: "tokenizer.json".into() }
+}
+
 pub(super) fn plain(tables: tokenizers::Tokenizer) -> Tokenizer {
-    Tokenizer::assemble(tables, BTreeMap::new(), None).unwrap()
+    Tokenizer::assemble(json(tables), BTreeMap::new(), None).unwrap()
 }
 
 pub(super) fn all_kinds() -> Vec<Tokenizer> {
@@ -133,7 +138,7 @@ pub(super) fn pieces(mut decoder: IncrementalDecoder, tokens: &[u32]) -> Vec<Str
 pub(super) fn chat_model(template: &str) -> Tokenizer {
     let named = [("bos_token", "<|begin|>"), ("eos_token", "<|end|>")];
     let named = named.map(|(name, text)| (name.to_owned(), text.to_owned())).into();
-    Tokenizer::assemble(byte_level(), named, Some(template.to_owned())).unwrap()
+    Tokenizer::assemble(json(byte_level()), named, Some(template.to_owned())).unwrap()
 }
 
 pub(super) fn folder(files: &[(&str, String)]) -> TempDir {

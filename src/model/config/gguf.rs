@@ -8,6 +8,7 @@ use super::{
 };
 use crate::error::{Error, Result, shorten};
 use crate::model::family::{self, Family, SlidingLayers, Softcap};
+use crate::model::vocabulary;
 use crate::weights::WeightSource;
 use crate::weights::gguf::GgufFile;
 
@@ -162,14 +163,6 @@ fn from_gguf(gguf: &GgufFile, family: &'static Family) -> Result<DecoderConfig> 
         Softcap::Default(default) => number(name).map(|cap| cap.or(default).filter(|&cap| cap != 0.0)),
     };
     let nonzero = |value: Option<f64>| value.filter(|&v| v != 0.0);
-    let mut eos_token_ids = Vec::new();
-    for name in ["eos_token_id", "eot_token_id", "eom_token_id"] {
-        if let Some(id) = gguf.get_u64(&format!("tokenizer.ggml.{name}"))?.and_then(|id| u32::try_from(id).ok())
-            && !eos_token_ids.contains(&id)
-        {
-            eos_token_ids.push(id);
-        }
-    }
     Ok(with_stretched_context(DecoderConfig {
         family: family.name,
         vocab_size,
@@ -202,7 +195,7 @@ fn from_gguf(gguf: &GgufFile, family: &'static Family) -> Result<DecoderConfig> 
         },
         residual_multiplier: nonzero(number("residual_scale")?).unwrap_or(1.0),
         logits_scaling: nonzero(number("logit_scale")?).unwrap_or(1.0),
-        eos_token_ids,
+        eos_token_ids: vocabulary::end_token_ids(gguf),
         suppressed: SuppressedTokens { always: suppressed_tokens(gguf), at_first: Vec::new() },
         architecture: arch,
     }))
