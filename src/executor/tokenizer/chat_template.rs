@@ -245,7 +245,8 @@ mod tests {
 
     #[test]
     fn maps_keep_the_order_they_were_given_in() {
-        let render = |template: &str| chat_model(template).apply_chat_template(&[ChatMessage::user("Hi")], true).unwrap();
+        let render =
+            |template: &str| chat_model(template).apply_chat_template(&[ChatMessage::user("Hi")], true).unwrap();
         assert_eq!(render("{{ messages[0] | tojson }}"), r#"{"role": "user", "content": "Hi"}"#);
         assert_eq!(render("{% for k, v in {'z': 1, 'a': 2}.items() %}{{ k }}={{ v }};{% endfor %}"), "z=1;a=2;");
         let call = "{{ {'type': 'function', 'name': 'f', 'arguments': {'z': 1, 'a': 2}} | tojson }}";
