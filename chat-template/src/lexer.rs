@@ -266,13 +266,11 @@ impl<'s> Lexer<'s> {
         let mut length = 0;
         let mut chars = text.chars().peekable();
         while let Some(c) = chars.next() {
-            if is_digit(&c) {
-                length += 1;
-            } else if c == '_' && length > 0 && chars.peek().is_some_and(is_digit) {
-                length += 1;
-            } else {
+            let between = c == '_' && length > 0 && chars.peek().is_some_and(is_digit);
+            if !is_digit(&c) && !between {
                 break;
             }
+            length += 1;
         }
         length
     }

@@ -38,7 +38,7 @@ const DEFAULT: Limits = Limits {
     value_depth: 150,
     text: 32 << 20,
     elements: 1_000_000,
-    memory: 128 << 20,
+    memory: 112 << 20,
     output: 48 << 20,
 };
 

@@ -2,7 +2,7 @@
 
 use chrono::{DateTime, Datelike, Local, NaiveDateTime, Timelike};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::value::Builder;
 
 const DAYS: [&str; 7] = ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"];
@@ -25,6 +25,24 @@ struct Flags {
     upper: bool,
     swap: bool,
     width: usize,
+    modifier: Option<char>,
+}
+
+/// Conversions that the modifiers `E` and `O` can stand before.
+const WITH_E: &str = "%CPRTXYZcnprtuxyz";
+const WITH_O: &str = "%BCGHIMPRSTUVWZbdeghjklmnprtuwyz";
+
+/// A conversion that the library does not know: it stays as it is written.
+fn unknown(out: &mut Builder, flags: Flags, spelled: &str) -> Result<()> {
+    let spelled = if flags.upper { spelled.to_uppercase() } else { spelled.to_owned() };
+    padded(out, flags, &spelled)
+}
+
+/// A text in a field, as wide as it was asked for.
+fn padded(out: &mut Builder, flags: Flags, text: &str) -> Result<()> {
+    let pad = if flags.pad == Some('0') { '0' } else { ' ' };
+    out.repeat(pad, flags.width.saturating_sub(text.len()))?;
+    out.push_str(text)
 }
 
 /// `timestamp` is the time's number of seconds since 1970 in UTC.
@@ -51,9 +69,9 @@ fn write(out: &mut Builder, format: &str, time: NaiveDateTime, timestamp: i64) -
         while let Some((_, digit)) = chars.next_if(|(_, c)| c.is_ascii_digit()) {
             flags.width = (flags.width * 10 + digit.to_digit(10).unwrap_or(0) as usize).min(1 << 40);
         }
-        chars.next_if(|(_, c)| matches!(c, 'E' | 'O'));
+        flags.modifier = chars.next_if(|(_, c)| matches!(c, 'E' | 'O')).map(|(_, c)| c);
         let Some((last, c)) = chars.next() else {
-            return out.push_str(conversion);
+            return padded(out, flags, conversion);
         };
         rest = &conversion[1 + last + c.len_utf8()..];
         let spelled = &conversion[..1 + last + c.len_utf8()];
@@ -63,6 +81,15 @@ fn write(out: &mut Builder, format: &str, time: NaiveDateTime, timestamp: i64) -
 }
 
 fn convert(out: &mut Builder, c: char, flags: Flags, spelled: &str, time: NaiveDateTime, timestamp: i64) -> Result<()> {
+    let known = match flags.modifier {
+        Some('E') => WITH_E.contains(c),
+        Some(_) => WITH_O.contains(c),
+        None => true,
+    };
+    // Python itself takes care of microseconds, without flags.
+    if !known || c == 'f' && spelled != "%f" {
+        return unknown(out, flags, spelled);
+    }
     let (day, month) = (DAYS[time.weekday().num_days_from_sunday() as usize], MONTHS[time.month0() as usize]);
     let year = i64::from(time.year());
     let (_, hour12) = time.hour12();
@@ -70,7 +97,12 @@ fn convert(out: &mut Builder, c: char, flags: Flags, spelled: &str, time: NaiveD
     let iso = time.iso_week();
     let mut number = |value: i64, digits: usize, pad: char| {
         let pad = match flags.pad {
-            Some('-') => return out.push_str(&value.to_string()),
+            Some('-') if flags.width == 0 => return out.push_str(&value.to_string()),
+            Some('-') => {
+                let text = value.to_string();
+                out.repeat(' ', flags.width.saturating_sub(text.len()))?;
+                return out.push_str(&text);
+            }
             Some('_') => ' ',
             Some(_) => '0',
             None => pad,
@@ -89,20 +121,20 @@ fn convert(out: &mut Builder, c: char, flags: Flags, spelled: &str, time: NaiveD
             if c == 'P' || flags.swap { half.to_lowercase() } else { half.to_owned() }
         }
         // A time without a time zone.
-        'z' | 'Z' => String::new(),
+        'z' => return Ok(()),
+        'Z' => String::new(),
         'f' => format!("{:06}", time.nanosecond() / 1000 % 1_000_000),
         'n' => "\n".to_owned(),
         't' => "\t".to_owned(),
         '%' => "%".to_owned(),
-        'c' | 'D' | 'F' | 'r' | 'R' | 'T' | 'x' | 'X' | '+' => {
+        'c' | 'D' | 'F' | 'r' | 'R' | 'T' | 'x' | 'X' => {
             let parts = match c {
                 'c' => "%a %b %e %H:%M:%S %Y",
                 'D' | 'x' => "%m/%d/%y",
                 'F' => "%Y-%m-%d",
                 'r' => "%I:%M:%S %p",
                 'R' => "%H:%M",
-                'T' | 'X' => "%H:%M:%S",
-                _ => "%a %b %e %H:%M:%S %Y",
+                _ => "%H:%M:%S",
             };
             strftime(parts, time, timestamp)?
         }
@@ -127,15 +159,42 @@ fn convert(out: &mut Builder, c: char, flags: Flags, spelled: &str, time: NaiveD
         'W' => return number(week(time.weekday().num_days_from_monday()), 2, '0'),
         'y' => return number(year.rem_euclid(100), 2, '0'),
         'Y' => return number(year, 1, '0'),
-        // What the library does not know it leaves as it is.
-        _ => return out.push_str(spelled),
+        _ => return unknown(out, flags, spelled),
     };
-    let upper = flags.upper || flags.swap && matches!(c, 'a' | 'A' | 'b' | 'B' | 'h');
+    let upper = flags.upper && c != 'P' || flags.swap && matches!(c, 'a' | 'A' | 'b' | 'B' | 'h');
     let text = if upper { text.to_uppercase() } else { text };
-    let pad = if flags.pad == Some('0') { '0' } else { ' ' };
-    if flags.width > 1 << 30 {
-        return Err(Error::limit("text", crate::limits::current().text));
+    padded(out, flags, &text)
+}
+
+#[cfg(test)]
+mod tests {
+    use chrono::NaiveDate;
+    use serde_json::Value;
+
+    use super::*;
+
+    #[test]
+    fn conversions_give_what_python_gives() {
+        let cases: Value = serde_json::from_str(include_str!("../tests/strftime.json")).unwrap();
+        let mut wrong = Vec::new();
+        for case in cases.as_array().unwrap() {
+            let part = |at: usize| case[0][at].as_u64().unwrap() as u32;
+            let date = NaiveDate::from_ymd_opt(part(0) as i32, part(1), part(2)).unwrap();
+            let time = date.and_hms_opt(part(3), part(4), part(5)).unwrap();
+            let format = case[1].as_str().unwrap();
+            let text = strftime(format, time, 0).unwrap();
+            if Some(text.as_str()) != case[2].as_str() {
+                wrong.push(format!("{format:?} {time}: {text:?}, not {}", case[2]));
+            }
+        }
+        assert!(wrong.is_empty(), "{}:\n{}", wrong.len(), wrong.join("\n"));
     }
-    out.repeat(pad, flags.width.saturating_sub(text.len()))?;
-    out.push_str(&text)
+
+    #[test]
+    fn a_huge_width_is_refused() {
+        let time = NaiveDate::from_ymd_opt(2024, 1, 1).unwrap().and_hms_opt(0, 0, 0).unwrap();
+        assert!(strftime("%1000000000000a", time, 0).is_err());
+        assert!(strftime("%1000000000d", time, 0).is_err());
+        assert_eq!(strftime("%s", time, 86_400).unwrap(), "86400");
+    }
 }

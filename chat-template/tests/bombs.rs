@@ -198,7 +198,7 @@ fn deep_calls_and_values_are_bounded() {
         "[ns.x]",
         "(ns.x,)",
         "{'a': ns.x}",
-        "[ns.x]|map('string')",
+        "[ns.x]|select",
         "[ns.x]|reverse",
         "[ns.x].index",
         "cycler(ns.x)",

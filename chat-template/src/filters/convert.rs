@@ -201,6 +201,10 @@ fn round_float(value: f64, precision: i128) -> Result<f64> {
     Ok((value / unit).round_ties_even() * unit)
 }
 
+fn signed_float(value: f64) -> String {
+    if value.is_nan() { "nan".into() } else { format!("{value:.1}") }
+}
+
 fn file_size(value: &Value, binary: bool) -> Result<Value> {
     value.check_defined()?;
     let bytes = match value {
@@ -221,7 +225,7 @@ fn file_size(value: &Value, binary: bool) -> Result<Value> {
     for (power, prefix) in (2..).zip(["k", "M", "G", "T", "P", "E", "Z", "Y"]) {
         let unit = base.powi(power);
         let prefix = if binary { format!("{}iB", prefix.to_uppercase()) } else { format!("{prefix}B") };
-        text = format!("{:.1} {prefix}", base * bytes / unit);
+        text = format!("{} {prefix}", signed_float(base * bytes / unit));
         if bytes < unit {
             break;
         }

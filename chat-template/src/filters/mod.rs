@@ -31,7 +31,7 @@ pub(crate) fn exists(name: &str) -> bool {
 impl Evaluator<'_> {
     /// Applies a filter.
     pub(crate) fn filter(&mut self, name: &str, input: Value, arguments: CallArgs) -> Result<Value> {
-        limits::step(1)?;
+        limits::step(3)?;
         match name {
             "attr" => {
                 let [name] = arguments.bind("attr", ["name"], 1)?;

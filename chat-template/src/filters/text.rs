@@ -63,7 +63,7 @@ pub(super) fn filter(name: &str, input: &Value, arguments: CallArgs) -> Result<V
                 "title" => title(&shown(input)?),
                 "wordcount" => {
                     let text = shown(input)?;
-                    limits::scan(text.len())?;
+                    limits::scan(text.len().saturating_mul(4))?;
                     let words = text.split(|c: char| c != '_' && !is_alnum(c)).filter(|word| !word.is_empty());
                     Ok(Value::Int(words.count() as i128))
                 }
@@ -85,6 +85,7 @@ fn title(text: &Text) -> Result<Value> {
         let word = rest.find(is_separator).unwrap_or(rest.len());
         if let Some(first) = rest[..word].chars().next() {
             out.push_str(&first.to_uppercase().to_string())?;
+            limits::scan(word)?;
             out.push_str(&rest[first.len_utf8()..word].to_lowercase())?;
         }
         let separator = rest[word..].find(|c| !is_separator(c)).unwrap_or(rest.len() - word);

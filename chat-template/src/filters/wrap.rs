@@ -167,10 +167,9 @@ fn word_end(chars: &[char], start: usize) -> usize {
         let end = run(chars, index.min(chars.len()), |c| c == '-');
         (end >= index + 2 && at(end).is_some_and(is_word)).then_some(end)
     };
-    if before(start, 1).is_some_and(punctuation) {
-        if let Some(end) = dash(start) {
-            return end;
-        }
+    let after_punctuation = before(start, 1).is_some_and(punctuation);
+    if let Some(end) = dash(start).filter(|_| after_punctuation) {
+        return end;
     }
     for end in start + 1..=chars.len() {
         // A hyphen follows what was read.

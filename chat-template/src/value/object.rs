@@ -104,7 +104,7 @@ pub(crate) struct Namespace {
 
 impl Namespace {
     pub(crate) fn new(attributes: Vec<(Text, Value)>) -> Result<Rc<Self>> {
-        let charge = Charge::new(128 + attributes.len() * 96)?;
+        let charge = Charge::new(320 + attributes.len() * 96)?;
         let namespace = Rc::new(Self { attributes: RefCell::default(), _charge: charge });
         for (name, value) in attributes {
             namespace.set(name, value)?;

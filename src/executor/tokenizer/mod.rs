@@ -290,6 +290,40 @@ mod tests {
     }
 
     #[test]
+    fn names_of_extra_special_tokens_reach_the_template() {
+        let template = "{{ bos_token }}|{{ image_token }}|{{ audio_token }}|{{ think_token }}|{{ tool_token }}|\
+                        {{ add_bos_token is defined }}|{{ eos_token is defined }}|{{ pad_token is defined }}";
+        let config = json!({
+            "bos_token": "<|begin|>",
+            "pad_token": null,
+            "add_bos_token": true,
+            "image_token": "<image>",
+            "audio_token": {"__type": "AddedToken", "content": "<audio>"},
+            "extra_special_tokens": {"think_token": "<think>"},
+            "model_specific_special_tokens": {"tool_token": {"content": "<tool>"}},
+            "additional_special_tokens": ["<a>", "<b>"],
+            "chat_template": template,
+        });
+        let render = |config: &serde_json::Value, map: &str| {
+            let files = [
+                saved(&byte_level()),
+                ("tokenizer_config.json", config.to_string()),
+                ("special_tokens_map.json", map.into()),
+            ];
+            let dir = folder(&files);
+            Tokenizer::from_hf_dir(dir.path()).unwrap().unwrap().apply_chat_template(&[], true).unwrap()
+        };
+        assert_eq!(render(&config, "{}"), "<|begin|>|<image>|<audio>|<think>|<tool>|False|False|False");
+
+        // The second file counts where the first one does not list the added tokens.
+        let map = r#"{"eos_token": "<|end|>", "image_token": {"content": "<img>"}}"#;
+        assert_eq!(render(&config, map), "<|begin|>|<img>|<audio>|<think>|<tool>|False|True|False");
+        let mut listed = config;
+        listed["added_tokens_decoder"] = json!({});
+        assert_eq!(render(&listed, map), "<|begin|>|<image>|<audio>|<think>|<tool>|False|False|False");
+    }
+
+    #[test]
     fn saved_truncation_and_padding_do_not_apply() {
         let mut tables = byte_level();
         tables.with_truncation(Some(tokenizers::TruncationParams { max_length: 4, ..Default::default() })).unwrap();
