@@ -137,7 +137,7 @@ async fn files_have_the_rows_that_are_shown_in_whole_lines() {
     // Nothing happens any more, so the last lines show what is shown now.
     drop(executor);
     let (latency, memory) = (log.latency_path().to_path_buf(), log.memory_path().to_path_buf());
-    assert_eq!(log.failures(), 0);
+    assert_eq!(log.failures().count(), 0);
     drop(log);
     let snapshot = metrics.snapshot();
     let lines = |path: &Path| -> Vec<Vec<serde_json::Value>> {

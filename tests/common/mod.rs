@@ -1,6 +1,7 @@
 //! What several test binaries need.
 #![allow(dead_code)] // each binary uses a part
 
+pub mod programs;
 pub mod stages;
 
 use std::path::{Path, PathBuf};
