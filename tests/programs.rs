@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 
 use candle_pipeline::{DEMO_MODEL, Generation, GenerationOptions};
 use common::executor;
-use common::programs::{Ended, command, end, run, run_example};
+use common::programs::{Ended, command, end, run_example};
 use serde_json::Value;
 
 /// Every program that prints, with arguments that keep it short. `FOLDER` is a folder for files.
@@ -215,6 +215,7 @@ fn options_are_checked_before_anything_is_printed() {
         (&["--frequency-penalty", "nan"], "frequency_penalty"),
         (&["--stop", ""], "stop_strings"),
         (&["--deadline", "-1"], "--deadline"),
+        (&["--temperature", "-1"], "temperature"),
         (&["--link", "0,1e-300"], "byte a second"),
         (&["--devices", "cpu@threads=9999"], "1 to 1024"),
         (&["--prompt", &long], "prompt"),
@@ -265,7 +266,7 @@ async fn flags_of_a_generation_do_what_its_options_do() {
     let sampled = expected(random.clone()).await.tokens;
     let limit = &["--kv-type", "f32", "--max-tokens", "40"][..];
     let seeded = &[limit, &["--temperature", "1.5", "--seed", "3"]].concat();
-    let id = greedy[10].to_string();
+    let stop_ids = format!("7,{}", greedy[10]);
     let cases: [(&[&str], GenerationOptions, &[u32]); 7] = [
         (limit, plain.clone(), &[]),
         (
@@ -285,7 +286,7 @@ async fn flags_of_a_generation_do_what_its_options_do() {
         ),
         (&[seeded, &["--min-p", "0.3"][..]].concat(), GenerationOptions { min_p: 0.3, ..random.clone() }, &sampled),
         (
-            &[limit, &["--stop-token", &format!("7,{id}")]].concat(),
+            &[limit, &["--stop-token", &stop_ids]].concat(),
             GenerationOptions { stop_tokens: vec![7, greedy[10]], ..plain.clone() },
             &greedy,
         ),
@@ -316,10 +317,11 @@ async fn log_probabilities_stand_in_the_json_when_asked_for() {
     let options = GenerationOptions { logprobs: Some(2), ..GenerationOptions::new(6, 0.0, 1.0) };
     let expected = serde_json::json!(executor.infer_with(&prompt, &options).await.unwrap().logprobs);
     assert_eq!(expected.as_array().unwrap().len(), 6);
-    let limit = ["--kv-type", "f32", "--max-tokens", "6", "--output-format", "json", "--prompt", "Once upon a time"];
+    let limit = ["--kv-type", "f32", "--max-tokens", "6", "--prompt", "Once upon a time"];
     let asked = [&limit[..], &["--logprobs", "2"]].concat();
     assert_eq!(generate(&asked[..])["logprobs"], expected);
     assert!(generate(&limit[..])["logprobs"].is_null(), "nobody asked");
+    let asked = [&asked[..], &["--output-format", "json"]].concat();
     let batch: Value = serde_json::from_str(&run_example("test_batch_inference", &asked).stdout).unwrap();
     assert_eq!(batch["sequences"][0]["logprobs"], expected);
     let streamed = run_example("test_streaming_inference", &asked).stdout;
@@ -332,7 +334,8 @@ async fn log_probabilities_stand_in_the_json_when_asked_for() {
 #[test]
 fn prefixes_are_reused_unless_told_otherwise() {
     let log = tempfile::NamedTempFile::new().unwrap();
-    let prompts = ["--prompt", "Once upon a time", "--prompt", "Once upon a time", "--max-tokens", "3"];
+    let story = "Once upon a time, there was a little dog who lived in a house by the sea with a big red ball.";
+    let prompts = ["--prompt", story, "--prompt", story, "--max-tokens", "3"];
     for (more, reused) in [(&[][..], true), (&["--no-prefix-reuse"], false)] {
         let log_to = ["--session-log", log.path().to_str().unwrap()];
         let ended = run_example("test_streaming_inference", &[&prompts[..], &log_to, more].concat());

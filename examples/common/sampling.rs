@@ -13,19 +13,19 @@ pub struct Sampling {
     #[arg(long, default_value_t = 400)]
     pub max_tokens: usize,
     /// 0 is greedy.
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     pub temperature: f32,
     /// Nucleus; 1 cuts nothing.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     pub top_p: f32,
     /// The k most likely tokens only.
     #[arg(long)]
     pub top_k: Option<usize>,
     /// Only tokens at least this fraction as likely as the most likely one; 0 cuts nothing.
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     pub min_p: f32,
     /// Divides the logits of tokens in prompt and output, or multiplies negative ones; 1 is off.
-    #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0, allow_negative_numbers = true)]
     pub repetition_penalty: f32,
     /// Subtracted from the logit of each token that was generated.
     #[arg(long, value_name = "LOGITS", default_value_t = 0.0, allow_negative_numbers = true)]
@@ -46,7 +46,7 @@ pub struct Sampling {
     #[arg(long)]
     pub ignore_eos: bool,
     /// End each generation this many seconds after it was asked for, with what there is by then.
-    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, allow_negative_numbers = true)]
     pub deadline: Option<Duration>,
     /// Compute prompts that begin like earlier ones in full.
     #[arg(long)]
