@@ -3,8 +3,14 @@
 //! `cargo bench --features metal --bench decode_layer_bench`
 
 #[cfg(not(all(feature = "metal", target_os = "macos")))]
-fn main() {
-    println!("decode_layer_bench: skipped, it measures Apple GPUs; run it on macOS with --features metal");
+#[allow(dead_code)] // a part is used
+#[path = "../examples/common/output.rs"]
+mod output;
+
+#[cfg(not(all(feature = "metal", target_os = "macos")))]
+fn main() -> std::process::ExitCode {
+    let skipped = "decode_layer_bench: skipped, it measures Apple GPUs; run it on macOS with --features metal";
+    output::exit(output::print_line(skipped).map_err(Into::into))
 }
 
 #[cfg(all(feature = "metal", target_os = "macos"))]

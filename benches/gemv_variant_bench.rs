@@ -4,8 +4,14 @@
 //! `cargo bench --features metal --bench gemv_variant_bench -- --warm-up-time 1 --measurement-time 3`
 
 #[cfg(not(all(feature = "metal", target_os = "macos")))]
-fn main() {
-    println!("gemv_variant_bench: skipped, it measures Apple GPUs; run it on macOS with --features metal");
+#[allow(dead_code)] // a part is used
+#[path = "../examples/common/output.rs"]
+mod output;
+
+#[cfg(not(all(feature = "metal", target_os = "macos")))]
+fn main() -> std::process::ExitCode {
+    let skipped = "gemv_variant_bench: skipped, it measures Apple GPUs; run it on macOS with --features metal";
+    output::exit(output::print_line(skipped).map_err(Into::into))
 }
 
 #[cfg(all(feature = "metal", target_os = "macos"))]

@@ -3,6 +3,10 @@
 //! Criterion reports bytes/s where weights or KV stream from memory and multiply-adds/s where there are many inputs. A
 //! table at the end sets them against what a plain read and plain multiply-adds reach in the same run.
 
+#[allow(dead_code)] // a part is used
+#[path = "../examples/common/output.rs"]
+mod output;
+
 use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
@@ -163,13 +167,16 @@ fn attention(c: &mut Criterion) {
 fn table(_: &mut Criterion) {
     BEST.with_borrow(|best| {
         let read = best.iter().find(|best| best.name == "read/plain").map(|best| best.rate);
-        println!("\n{:<24} {:>12} {:>12}   ({} instructions)", "case", "best", "of plain read", Isa::detect());
+        // A reader who has gone does not need the rest.
+        let line = |line: std::fmt::Arguments<'_>| drop(output::print_line(line));
+        let isa = Isa::detect();
+        line(format_args!("\n{:<24} {:>12} {:>12}   ({isa} instructions)", "case", "best", "of plain read"));
         for Best { name, rate, unit } in best {
             let share = match read {
                 Some(read) if *unit == "B" => format!("{:.0} %", 100.0 * rate / read),
                 _ => "-".to_string(),
             };
-            println!("{name:<24} {:>10.1} G{unit}/s {share:>10}", rate / 1e9);
+            line(format_args!("{name:<24} {:>10.1} G{unit}/s {share:>10}", rate / 1e9));
         }
     });
 }

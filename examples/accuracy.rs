@@ -33,7 +33,9 @@ use candle_pipeline::{
     PipelineOptions,
 };
 use clap::Parser;
+use common::files::read_text;
 use common::greedy;
+use common::output::{note_line, print_line};
 use serde::{Deserialize, Serialize};
 
 /// Most precise first.
@@ -372,8 +374,8 @@ async fn sample(model: &str, device: DeviceSpec, least: usize) -> Result<Vec<Vec
 }
 
 /// The paragraphs of a file, each as long as the model's context allows.
-async fn read_text(model: &str, path: &Path) -> Result<Vec<Vec<u32>>> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
+async fn read_stories(model: &str, path: &Path) -> Result<Vec<Vec<u32>>> {
+    let text = read_text(path).with_context(|| format!("--text {}", path.display()))?;
     let pipeline = HeterogeneousPipeline::new(&[DeviceSpec::CPU], model)?;
     let executor = HeterogeneousPipelineExecutor::new(pipeline, model).await?;
     let tokenizer = executor.needed_tokenizer().context("--text needs a tokenizer")?;
@@ -398,7 +400,7 @@ fn nats(value: f64) -> String {
     if value < 1e-12 { "0".into() } else { format!("{value:.1e}") }
 }
 
-fn print_table(title: &str, rows: &[Row], name: impl Fn(&Row) -> &'static str) {
+fn print_table(title: &str, rows: &[Row], name: impl Fn(&Row) -> &'static str) -> Result<()> {
     let with_llama = rows.iter().any(|row| row.llama.is_some());
     let mut header = format!("| {title} | KL, mean | KL, P99 | greedy | greatest difference | KL of arithmetic |");
     let mut rule = "|---|---|---|---|---|---|".to_string();
@@ -407,7 +409,7 @@ fn print_table(title: &str, rows: &[Row], name: impl Fn(&Row) -> &'static str) {
             " llama.cpp: KL, mean | KL, P99 | greedy | greatest difference | KL of arithmetic | KL, ours less its |";
         rule += "---|---|---|---|---|---|";
     }
-    println!("{header}\n{rule}");
+    print_line(format_args!("{header}\n{rule}"))?;
     for row in rows {
         let mut line = format!("| {} |", name(row));
         for measured in [Some(&row.ours), row.llama.as_ref()].into_iter().flatten() {
@@ -424,8 +426,9 @@ fn print_table(title: &str, rows: &[Row], name: impl Fn(&Row) -> &'static str) {
         if let Some(Excess { mean, error }) = &row.excess {
             line += &format!(" {mean:+.1e} ± {error:.1e} |");
         }
-        println!("{line}");
+        print_line(line)?;
     }
+    Ok(())
 }
 
 async fn run() -> Result<()> {
@@ -434,11 +437,11 @@ async fn run() -> Result<()> {
     let original = Original::read(&arguments.model)?;
     let vocab = original.config.vocab_size;
     let sequences = match &arguments.text {
-        Some(path) => read_text(model, path).await?,
+        Some(path) => read_stories(model, path).await?,
         None => sample(model, arguments.device, arguments.tokens).await?,
     };
     let positions: usize = sequences.iter().map(Vec::len).sum();
-    eprintln!("{positions} positions in {} sequences", sequences.len());
+    note_line(format_args!("{positions} positions in {} sequences", sequences.len()));
     let folder = tempfile::tempdir()?;
     let bench = Bench {
         device: arguments.device,
@@ -460,7 +463,7 @@ async fn run() -> Result<()> {
         };
         let ours = compare(bench.ours(file, kv_type)?)?;
         let llama = bench.llama.as_deref().map(|program| compare(bench.llama(program, file, kv_type)?)).transpose()?;
-        eprintln!("weights {weights}, KV {kv_type}");
+        note_line(format_args!("weights {weights}, KV {kv_type}"));
         let excess = llama.as_ref().map(|llama| Excess::of(&ours.to_original, &llama.to_original));
         Ok(Row { weights: weights.name(), kv: kv_type.name(), ours, llama, excess })
     };
@@ -479,16 +482,15 @@ async fn run() -> Result<()> {
         kv.push(measure(WeightType::F32, kv_type, &exact, &reference)?);
     }
     if arguments.json {
-        println!("{}", serde_json::json!({ "model": model, "positions": positions, "weights": weights, "kv": kv }));
-        return Ok(());
+        let output = serde_json::json!({ "model": model, "positions": positions, "weights": weights, "kv": kv });
+        return Ok(print_line(output)?);
     }
-    print_table("weights (KV in F32)", &weights, |row| row.weights);
-    println!();
-    print_table("KV (weights in F32)", &kv, |row| row.kv);
-    Ok(())
+    print_table("weights (KV in F32)", &weights, |row| row.weights)?;
+    print_line("")?;
+    print_table("KV (weights in F32)", &kv, |row| row.kv)
 }
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    common::exit(run().await)
+    common::program(run()).await
 }

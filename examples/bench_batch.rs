@@ -20,6 +20,7 @@ use candle_pipeline::{ExecutorOptions, GenerationEvent, GenerationOptions, Heter
 use clap::Parser;
 use common::Flags;
 use common::cases::{Case, HEADER, Timing};
+use common::output::print_line;
 use futures::StreamExt;
 
 #[derive(Parser)]
@@ -46,7 +47,7 @@ struct Arguments {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    common::exit(run().await)
+    common::program(run()).await
 }
 
 async fn run() -> Result<()> {
@@ -55,7 +56,7 @@ async fn run() -> Result<()> {
     let executor = flags.load_with(options).await?;
     executor.warmup().await?;
     if !json {
-        println!("{HEADER}");
+        print_line(HEADER)?;
     }
     let mut measured = Vec::new();
     for case in &cases {
@@ -64,7 +65,7 @@ async fn run() -> Result<()> {
         }
         let timing = measure(&executor, case, disturb).await?;
         if !json {
-            println!("{}", timing.row(case));
+            print_line(timing.row(case))?;
         }
         measured.push(timing.json(case));
     }
@@ -75,7 +76,7 @@ async fn run() -> Result<()> {
             "load_us": executor.load_time().as_micros() as u64,
             "cases": measured,
         });
-        println!("{output}");
+        print_line(output)?;
     }
     Ok(())
 }

@@ -30,6 +30,7 @@ use candle_pipeline::{DeviceSpec, GenerationOptions, present_devices};
 use clap::parser::ValueSource;
 use clap::{CommandFactory, FromArgMatches, Parser};
 use common::cases::Case;
+use common::output::print_line;
 use common::ratio::Ratio;
 use common::{Flags, OutputFormat};
 use rand::{Rng, SeedableRng};
@@ -69,7 +70,7 @@ struct Measured {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    common::exit(run().await)
+    common::program(run()).await
 }
 
 async fn run() -> Result<()> {
@@ -97,19 +98,27 @@ async fn run() -> Result<()> {
         let hardware = hardware_name(device);
         let measured = measure(&arguments, device).await?;
         if !json {
-            println!("{device} ({hardware})");
-            println!("{:<13} {:<8} {:<34} {:>10} {:>10}  slower without", "", "backend", "", "with, us", "without");
-            measured.iter().for_each(|measured| println!("{}", measured.row()));
+            print_line(format_args!("{device} ({hardware})"))?;
+            let (backend, with) = ("backend", "with, us");
+            print_line(format_args!(
+                "{:<13} {backend:<8} {:<34} {with:>10} {:>10}  slower without",
+                "", "", "without"
+            ))?;
+            for measured in &measured {
+                print_line(measured.row())?;
+            }
         }
         reports.push(serde_json::json!({ "device": device.to_string(), "hardware": hardware, "measured": measured }));
     }
     if json {
         let output = serde_json::json!({ "model": arguments.flags.model, "cannot": cannot, "devices": reports });
-        println!("{output}");
+        print_line(output)?;
     } else {
-        println!("medians; in brackets what 95 of 100 such measurements would give");
-        cannot.iter().for_each(|cannot| println!("{cannot}"));
-        println!("a decode step needs no mask, so keeping them gains nothing there");
+        print_line("medians; in brackets what 95 of 100 such measurements would give")?;
+        for cannot in cannot {
+            print_line(cannot)?;
+        }
+        print_line("a decode step needs no mask, so keeping them gains nothing there")?;
     }
     Ok(())
 }

@@ -37,6 +37,7 @@ use candle_pipeline::{ExecutorOptions, GenerationEvent, GenerationOptions, Heter
 use clap::Parser;
 use common::cases::Case;
 use common::instruments::Instruments;
+use common::output::{note_line, print_line};
 use common::ratio::Ratio;
 use common::{Flags, OutputFormat};
 use futures::StreamExt;
@@ -170,7 +171,7 @@ fn tracer(to: &mut Instruments, config: ModelTracerConfig) -> Result<()> {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    common::exit(run().await)
+    common::program(run()).await
 }
 
 async fn run() -> Result<()> {
@@ -187,17 +188,19 @@ async fn run() -> Result<()> {
     }
     let chosen = CONFIGURATIONS.iter().filter(|(name, _)| only.is_empty() || only.iter().any(|other| other == name));
     if !json {
-        println!("{:<14} {:>14} {:>14}  longer by (95 of 100 lie between)", "", "off, us/token", "on, us/token");
+        let (off, on) = ("off, us/token", "on, us/token");
+        print_line(format_args!("{:<14} {off:>14} {on:>14}  longer by (95 of 100 lie between)", ""))?;
     }
     let mut rows = Vec::new();
     for (name, install) in chosen {
         if flags.output_format != OutputFormat::None {
-            eprintln!("{name}: {loads} loads of {pairs} pairs");
+            note_line(format_args!("{name}: {loads} loads of {pairs} pairs"));
         }
         let times = measure(&arguments, *install).await?;
         let ratio = Ratio::of(&times);
         if !json {
-            println!("{name:<14} {:>14.2} {:>14.2}  {}", ratio.second, ratio.first, ratio.percent());
+            let Ratio { first, second, .. } = ratio;
+            print_line(format_args!("{name:<14} {second:>14.2} {first:>14.2}  {}", ratio.percent()))?;
         }
         rows.push(serde_json::json!({ "name": name, "pairs": times.len(), "on_over_off": ratio }));
     }
@@ -209,7 +212,7 @@ async fn run() -> Result<()> {
             "tokens": tokens,
             "configurations": rows,
         });
-        println!("{output}");
+        print_line(output)?;
     }
     Ok(())
 }

@@ -5,12 +5,19 @@
 //! cargo run --release --example inspect_model -- --model models/demo/demo-q4_0.gguf
 //! ```
 
+#[allow(dead_code)] // this example uses a part
+#[path = "common/output.rs"]
+mod output;
+#[path = "common/warnings.rs"]
+mod warnings;
+
 use std::process::ExitCode;
 
 use anyhow::Result;
 use candle_pipeline::instrument::quantisation::QuantisationView;
 use candle_pipeline::{DEMO_MODEL, DeviceSpec, HeterogeneousPipeline};
 use clap::Parser;
+use output::{print, print_line};
 
 #[derive(Parser)]
 struct Arguments {
@@ -26,13 +33,8 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    warnings::show();
+    output::exit(run())
 }
 
 fn run() -> Result<()> {
@@ -41,11 +43,13 @@ fn run() -> Result<()> {
     let facts = pipeline.facts(0)?;
     let view = QuantisationView::of(&facts.tensors);
     if json {
-        println!("{}", serde_json::to_string_pretty(&serde_json::json!({ "model": facts, "quantisation": view }))?);
+        let both = serde_json::json!({ "model": facts, "quantisation": view });
+        print_line(serde_json::to_string_pretty(&both)?)?;
     } else {
         let (layers, width, vocabulary) = (facts.n_layer, facts.n_embd, facts.vocab_size);
-        println!("{model}: {}, {layers} layers of {width}, {vocabulary} tokens", facts.architecture);
-        print!("{view}");
+        let architecture = &facts.architecture;
+        print_line(format_args!("{model}: {architecture}, {layers} layers of {width}, {vocabulary} tokens"))?;
+        print(view)?;
     }
     Ok(())
 }

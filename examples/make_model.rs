@@ -11,10 +11,17 @@
 //! with config.json and safetensors in F32, F16 or BF16. The output is nonsense, the arithmetic and the bytes are real.
 //! GGUF files say that they have no tokenizer, in the way that llama.cpp loads too.
 
+#[allow(dead_code)] // this example uses a part
+#[path = "common/output.rs"]
+mod output;
+#[allow(dead_code)]
+#[path = "common/files.rs"]
+mod files;
+
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use candle_core::quantized::gguf_file::{self, Value};
@@ -22,6 +29,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use candle_pipeline::weights::WeightType;
 use clap::{Parser, ValueEnum};
+use files::OutputFile;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use rayon::prelude::*;
@@ -46,7 +54,7 @@ struct Arguments {
     /// the mixtures q4_k_m q5_k_m.
     #[arg(long = "type", default_value = "f16")]
     dtype: String,
-    /// Folder, or file that ends in .gguf.
+    /// Folder, or file that ends in .gguf. Only models that this program wrote are replaced.
     #[arg(long)]
     out: PathBuf,
     /// Seed of the weights.
@@ -300,7 +308,11 @@ fn values(seed: u64, tensor: usize, name: &str, shape: &[usize]) -> Vec<f32> {
     values
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    output::exit(run())
+}
+
+fn run() -> Result<()> {
     let arguments = Arguments::parse();
     let shape = Shape::new(&arguments)?;
     let storage = Storage::parse(&arguments.dtype)?;
@@ -311,11 +323,21 @@ fn main() -> Result<()> {
         _ => bail!("--type {} needs an --out that ends in .gguf", arguments.dtype),
     }
     .with_context(|| format!("writing {}", arguments.out.display()))?;
-    eprintln!("wrote {}", arguments.out.display());
+    output::note_line(format_args!("wrote {}", arguments.out.display()));
     Ok(())
 }
 
+/// What the files say of themselves near their beginning, so that they are told from models that somebody trained.
+const DESCRIPTION: &str = "random weights";
+
+/// A file of a model, if nothing else stands in its place.
+fn output(path: &Path) -> Result<OutputFile> {
+    let known = |head: &[u8]| head.windows(DESCRIPTION.len()).any(|bytes| bytes == DESCRIPTION.as_bytes());
+    OutputFile::new("--out", path, known)
+}
+
 fn write_gguf(arguments: &Arguments, shape: &Shape, storage: Storage) -> Result<()> {
+    let file = output(&arguments.out)?;
     let tensors = shape.tensors();
     let stored: Vec<(String, QTensor)> = tensors
         .into_par_iter()
@@ -331,7 +353,7 @@ fn write_gguf(arguments: &Arguments, shape: &Shape, storage: Storage) -> Result<
     let number = |value: usize| Value::U32(value as u32);
     let mut metadata = vec![
         ("general.architecture".to_string(), Value::String(architecture.into())),
-        ("general.name".into(), Value::String("random weights".into())),
+        ("general.name".into(), Value::String(DESCRIPTION.into())),
         (key("block_count"), number(shape.layers)),
         (key("context_length"), number(shape.context)),
         (key("embedding_length"), number(shape.hidden_size)),
@@ -348,14 +370,17 @@ fn write_gguf(arguments: &Arguments, shape: &Shape, storage: Storage) -> Result<
     metadata.extend(storage.file_type().map(|number| ("general.file_type".into(), Value::U32(number))));
     let metadata: Vec<(&str, &Value)> = metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
     let stored: Vec<(&str, &QTensor)> = stored.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
-    let mut file = BufWriter::with_capacity(1 << 20, File::create(&arguments.out)?);
+    let mut file = BufWriter::with_capacity(1 << 20, file.begin()?);
     gguf_file::write(&mut file, &metadata, &stored)?;
     Ok(file.flush()?)
 }
 
 fn write_safetensors(arguments: &Arguments, shape: &Shape, dtype: WeightType) -> Result<()> {
     std::fs::create_dir_all(&arguments.out)?;
+    let (config_file, weights) =
+        (output(&arguments.out.join("config.json"))?, output(&arguments.out.join("model.safetensors"))?);
     let config = serde_json::json!({
+        "_name_or_path": DESCRIPTION,
         "architectures": [if shape.qkv_bias { "Qwen2ForCausalLM" } else { "LlamaForCausalLM" }],
         "model_type": shape.architecture,
         "hidden_size": shape.hidden_size,
@@ -373,29 +398,29 @@ fn write_safetensors(arguments: &Arguments, shape: &Shape, dtype: WeightType) ->
         "eos_token_id": 2,
         "torch_dtype": match dtype { WeightType::F32 => "float32", WeightType::F16 => "float16", _ => "bfloat16" },
     });
-    std::fs::write(arguments.out.join("config.json"), serde_json::to_string_pretty(&config)?)?;
-    write_safetensors_file(&arguments.out.join("model.safetensors"), arguments.seed, &shape.tensors(), dtype)
+    config_file.write(serde_json::to_string_pretty(&config)?.as_bytes())?;
+    write_safetensors_file(&weights, arguments.seed, &shape.tensors(), dtype)
 }
 
 /// Tensor by tensor, so that no more than one is in memory.
 fn write_safetensors_file(
-    path: &Path,
+    file: &OutputFile,
     seed: u64,
     tensors: &[(String, String, Vec<usize>)],
     dtype: WeightType,
 ) -> Result<()> {
-    let mut header = BTreeMap::new();
+    let mut header = BTreeMap::from([("__metadata__", serde_json::json!({ "description": DESCRIPTION }))]);
     let mut offset = 0;
     for (_, name, shape) in tensors {
         let bytes = shape.iter().product::<usize>() * dtype.type_size();
         let entry =
             serde_json::json!({ "dtype": dtype.name(), "shape": shape, "data_offsets": [offset, offset + bytes] });
-        header.insert(name, entry);
+        header.insert(name.as_str(), entry);
         offset += bytes;
     }
     let mut header = serde_json::to_vec(&header)?;
     header.resize(header.len().next_multiple_of(8), b' ');
-    let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
+    let mut file = BufWriter::with_capacity(1 << 20, file.begin()?);
     file.write_all(&(header.len() as u64).to_le_bytes())?;
     file.write_all(&header)?;
     for (index, (gguf, _, shape)) in tensors.iter().enumerate() {

@@ -30,6 +30,7 @@ use candle_pipeline::{
 };
 use clap::Parser;
 use common::Flags;
+use common::output::{print, print_line};
 
 #[derive(Parser)]
 struct Arguments {
@@ -46,7 +47,7 @@ struct Arguments {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    common::exit(run().await)
+    common::program(run()).await
 }
 
 async fn run() -> Result<()> {
@@ -56,7 +57,7 @@ async fn run() -> Result<()> {
     let slow = slow_factors(&arguments.slow, devices.len())?;
     let problem = measure(flags, &devices, &slow, flags.measured()).await?;
     let plan = problem.plan(flags.objective)?;
-    print!("{plan}");
+    print(&plan)?;
     if arguments.verify > 0 {
         let planned: Vec<Placement> = plan.stages.iter().map(|stage| stage.placement.clone()).collect();
         verify(&arguments, problem, &devices, &slow, &planned).await?;
@@ -128,23 +129,24 @@ async fn verify(
     };
     let predicted: Vec<f64> = predicted.iter_mut().map(median).collect();
     let measured: Vec<f64> = measured.iter_mut().map(median).collect();
-    println!("{:<48}  {:>10}  {:>10}  {:>7}", "cut", "predicted", "measured", "off");
+    print_line(format_args!("{:<48}  {:>10}  {:>10}  {:>7}", "cut", "predicted", "measured", "off"))?;
     let mut worst: f64 = 0.0;
     for ((cut, &predicted), &seconds) in cuts.iter().zip(&predicted).zip(&measured) {
         let off = predicted / seconds - 1.0;
         worst = worst.max(off.abs());
         let (name, off) = (name(cut, devices), off * 100.0);
-        println!("{name:<48}  {:>7.2} ms  {:>7.2} ms  {off:>+6.1}%", predicted * 1e3, seconds * 1e3);
+        let (predicted, seconds) = (predicted * 1e3, seconds * 1e3);
+        print_line(format_args!("{name:<48}  {predicted:>7.2} ms  {seconds:>7.2} ms  {off:>+6.1}%"))?;
     }
     let best = (0..cuts.len()).min_by(|&a, &b| measured[a].total_cmp(&measured[b])).context("there are no cuts")?;
     let planned = cuts.iter().position(|cut| cut == planned).context("the planned cut is not among all cuts")?;
-    println!(
+    print_line(format_args!(
         "planned {}: {:.1} % above the best, {}; predictions at most {:.1} % off",
         name(&cuts[planned], devices),
         (measured[planned] / measured[best] - 1.0) * 100.0,
         name(&cuts[best], devices),
         worst * 100.0
-    );
+    ))?;
     Ok(())
 }
 
@@ -205,7 +207,7 @@ async fn seconds_of_a_round(
         Objective::Throughput => flags.sequences,
     };
     let context = problem.workload.context;
-    let tokens = flags.max_tokens.min(16).min(context / 2).max(2);
+    let tokens = flags.sampling.max_tokens.min(16).min(context / 2).max(2);
     let prompt = vec![0; (context / 2).saturating_sub(tokens / 2).max(1)];
     let options = GenerationOptions { ignore_eos: true, ..GenerationOptions::new(tokens, 0.0, 1.0) };
     let generations = executor.infer_batch_with(&vec![prompt; sequences], &options).await?;

@@ -16,6 +16,7 @@ use candle_pipeline::instrument::{Collector, Event, Probe, Record};
 use candle_pipeline::{ExecutorOptions, GenerationOptions};
 use clap::Parser;
 use common::Flags;
+use common::output::print_line;
 
 #[derive(Parser)]
 struct Arguments {
@@ -58,7 +59,7 @@ impl Collector for Recorder {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    common::exit(run().await)
+    common::program(run()).await
 }
 
 async fn run() -> Result<()> {
@@ -84,7 +85,7 @@ async fn run() -> Result<()> {
     let (Some(from), Some(until)) = (from, until) else { anyhow::bail!("nothing was computed") };
     let slice = (until - from).div_f64(width as f64).max(Duration::from_nanos(1));
     let rows = drawn.iter().map(|c| c.rows).max().unwrap_or(0);
-    println!("{sequences} sequences, micro-batches of up to {rows} rows, {slice:.0?} a column");
+    print_line(format_args!("{sequences} sequences, micro-batches of up to {rows} rows, {slice:.0?} a column"))?;
     for stage in 0..stages {
         let mut line = vec!['.'; width];
         for c in drawn.iter().filter(|c| c.stage == stage) {
@@ -92,7 +93,7 @@ async fn run() -> Result<()> {
             let letter = (b'a' + ((c.step - middle) % 26) as u8) as char;
             line[column(c.from).min(width - 1)..column(c.until).min(width)].fill(letter);
         }
-        println!("stage {stage} |{}|", line.into_iter().collect::<String>());
+        print_line(format_args!("stage {stage} |{}|", line.into_iter().collect::<String>()))?;
     }
     Ok(())
 }

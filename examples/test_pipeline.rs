@@ -1,4 +1,5 @@
-//! The first thing to run: cuts the demo model into two stages and lets it write a story.
+//! The first thing to run: cuts the demo model into two stages and lets it write a story. Ctrl-C ends the story; what there
+//! is of it is printed, also as JSON, and the exit code is 130.
 //!
 //! ```text
 //! cargo run --release --example test_pipeline
@@ -8,16 +9,19 @@
 
 mod common;
 
+use std::pin::Pin;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use candle_pipeline::{FinishReason, GenerationEvent};
 use clap::Parser;
-use common::{Flags, OutputFormat, print_now, rates};
-use futures::StreamExt;
+use common::output::{Interrupted, note_line, print, print_line};
+use common::{Flags, OutputFormat, interrupt, rates};
+use futures::{FutureExt, StreamExt};
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    common::exit(run().await)
+    common::program(run()).await
 }
 
 async fn run() -> anyhow::Result<()> {
@@ -28,29 +32,46 @@ async fn run() -> anyhow::Result<()> {
     let [prompt] = prompts.as_slice() else {
         anyhow::bail!("one prompt, please; test_batch_inference takes several");
     };
+    let options = flags.generation()?;
+    let mut interrupted = interrupt::claim();
+    let began = Instant::now();
+    let stream = match tokenizer {
+        Some(_) => executor.infer_stream_with_text(prompt.clone(), &options),
+        None => executor.infer_stream_with(prompt.clone(), &options),
+    };
+    let mut stream = stream.peekable();
+    // A request that is refused ends at once, before anything is printed.
+    if Pin::new(&mut stream).peek().now_or_never().flatten().is_some_and(Result::is_err) {
+        stream.next().await.transpose()?;
+    }
     let show_text = flags.output_format == OutputFormat::Text;
     if show_text
         && !flags.chat
         && let Some(tokenizer) = tokenizer
     {
-        print_now(&tokenizer.decode(prompt, true)?);
+        print(tokenizer.decode(prompt, true)?)?;
     }
 
-    let options = flags.generation();
-    let mut stream = match tokenizer {
-        Some(_) => executor.infer_stream_with_text(prompt.clone(), &options),
-        None => executor.infer_stream_with(prompt.clone(), &options),
-    };
-    let (mut tokens, mut text, mut logits) = (Vec::new(), String::new(), None);
-    let (mut reason, mut ttft, mut total) = (FinishReason::Cancelled, Default::default(), Default::default());
-    while let Some(event) = stream.next().await {
+    let (mut tokens, mut logprobs, mut text, mut logits) = (Vec::new(), Vec::new(), String::new(), None);
+    let (mut reason, mut ttft, mut total) = (FinishReason::Cancelled, Duration::ZERO, Duration::ZERO);
+    loop {
+        let event = tokio::select! {
+            event = stream.next() => event,
+            Ok(()) = &mut interrupted => None,
+        };
+        let Some(event) = event else { break };
         let piece = match event? {
             GenerationEvent::Prefilled { logits: found } => {
                 logits = found;
                 continue;
             }
             GenerationEvent::Token(token) => {
+                if tokens.is_empty() {
+                    ttft = began.elapsed();
+                }
+                total = began.elapsed();
                 tokens.push(token.id);
+                logprobs.extend(token.logprob);
                 match tokenizer {
                     Some(_) => token.text,
                     None => format!("{} ", token.id),
@@ -63,14 +84,14 @@ async fn run() -> anyhow::Result<()> {
             _ => continue,
         };
         if show_text {
-            print_now(&piece);
+            print(&piece)?;
         }
         text.push_str(&piece);
     }
 
     let (rate, decode_rate) = rates(tokens.len(), ttft, total);
     match flags.output_format {
-        OutputFormat::Text => println!(),
+        OutputFormat::Text => print_line("")?,
         OutputFormat::Json => {
             let mut object = serde_json::json!({
                 "model": flags.model,
@@ -85,17 +106,23 @@ async fn run() -> anyhow::Result<()> {
                 "tokens_per_second": rate,
                 "decode_tokens_per_second": decode_rate,
             });
-            if flags.logits {
+            if flags.sampling.logprobs.is_some() {
+                object["logprobs"] = serde_json::json!(logprobs);
+            }
+            if flags.sampling.logits {
                 object["prompt_logits"] = serde_json::json!(logits);
             }
-            println!("{object}");
+            print_line(object)?;
         }
         OutputFormat::None => {}
     }
-    eprintln!(
+    note_line(format_args!(
         "{} prompt tokens, {} generated at {rate:.1} tokens/s, first after {ttft:.1?}, then {decode_rate:.1} tokens/s",
         prompt.len(),
         tokens.len()
-    );
-    Ok(())
+    ));
+    match reason {
+        FinishReason::Cancelled => Err(Interrupted.into()),
+        _ => Ok(()),
+    }
 }

@@ -166,6 +166,7 @@ impl OpenDevice {
         let mut gpus: BTreeMap<DeviceSpec, OpenDevice> = BTreeMap::new();
         let mut shared_pool: Option<Arc<Pool>> = None;
         let mut open = Vec::with_capacity(specs.len());
+        warn_of_threads(specs);
         for &spec in specs {
             let opened = match spec {
                 DeviceSpec::Cpu { threads } => {
@@ -301,6 +302,20 @@ fn gpu_read_rates(device: &Device, bytes: usize) -> Result<Vec<f64>> {
 /// Cores that this process may run on.
 pub fn available_threads() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get())
+}
+
+/// Threads spin between the passes of a step, so more of them than cores take time from each other.
+fn warn_of_threads(specs: &[DeviceSpec]) {
+    let cores = available_threads();
+    let mut crowded: Vec<&DeviceSpec> =
+        specs.iter().filter(|spec| matches!(spec, DeviceSpec::Cpu { threads: Some(n) } if *n > cores)).collect();
+    crowded.dedup();
+    for spec in crowded {
+        tracing::warn!(
+            "{spec}: this process may use {cores} cores, and more threads than cores are slower; write cpu, or \
+             cpu@threads={cores}"
+        );
+    }
 }
 
 fn new_pool(threads: usize) -> Result<Arc<Pool>> {

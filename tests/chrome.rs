@@ -162,7 +162,7 @@ async fn traced(path: &Path, in_flight: Option<usize>, phases: Option<Duration>)
     let stats = executor.stage_stats();
     drop(executor);
     assert_eq!(listener.dropped(), 0);
-    assert_eq!(listener.close().unwrap().lost_lines(), 0);
+    assert_eq!(listener.close().unwrap().failures().count(), 0);
     (Trace::parse(&std::fs::read_to_string(path).unwrap()), stats)
 }
 

@@ -2,6 +2,7 @@
 //! backend, token by token. What is different on a GPU is its compiler and its rounding; grids, offsets, weights and the
 //! order of everything are the same.
 #![cfg(not(target_os = "macos"))]
+#![allow(clippy::print_stdout)] // shown with --nocapture
 
 mod common;
 

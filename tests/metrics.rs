@@ -1,9 +1,8 @@
 //! Figures of real runs.
 
 mod common;
-#[path = "../examples/common/instruments.rs"]
-#[allow(dead_code)] // the examples use all of it
-mod instruments;
+#[path = "../examples/common/mod.rs"]
+mod examples;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -16,6 +15,7 @@ use candle_pipeline::instrument::metrics::{
 };
 use candle_pipeline::{DEMO_MODEL, ExecutorOptions, GenerationOptions, HeterogeneousPipelineExecutor};
 use common::{executor_with, greedy};
+use examples::instruments;
 
 async fn measured(options: MetricsOptions) -> (HeterogeneousPipelineExecutor, Arc<Metrics>) {
     let (collector, metrics) = Metrics::start(options).unwrap();
@@ -137,7 +137,7 @@ async fn files_have_the_rows_that_are_shown_in_whole_lines() {
     // Nothing happens any more, so the last lines show what is shown now.
     drop(executor);
     let (latency, memory) = (log.latency_path().to_path_buf(), log.memory_path().to_path_buf());
-    assert_eq!(log.failures(), 0);
+    assert_eq!(log.failures().count(), 0);
     drop(log);
     let snapshot = metrics.snapshot();
     let lines = |path: &Path| -> Vec<Vec<serde_json::Value>> {

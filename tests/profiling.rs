@@ -1,6 +1,8 @@
 //! The profiling examples tell what is there, and compare it soundly. Their pure parts are compiled in here, since cargo
 //! runs no tests of examples.
 
+mod common;
+
 #[allow(dead_code)] // the example uses the rest
 #[path = "../examples/profile_pipeline/baseline.rs"]
 mod baseline;
@@ -14,23 +16,10 @@ mod others;
 #[path = "../examples/common/ratio.rs"]
 mod ratio;
 
-use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use common::programs::example;
 use serde_json::Value;
-
-/// An example's program, which `cargo test` builds beside the tests.
-fn example(name: &str) -> PathBuf {
-    let test = std::env::current_exe().unwrap();
-    let profile = test.parent().and_then(Path::parent).unwrap();
-    let program = profile.join("examples").join(format!("{name}{}", std::env::consts::EXE_SUFFIX));
-    assert!(
-        program.exists(),
-        "{} is not built: run `cargo test`, or `cargo build --examples` first",
-        program.display()
-    );
-    program
-}
 
 fn run(name: &str, arguments: &[&str]) -> Output {
     Command::new(example(name)).args(arguments).env_remove("RUST_BACKTRACE").output().unwrap()

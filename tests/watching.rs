@@ -236,6 +236,7 @@ async fn every_step_that_is_sent_ends_once_and_nothing_is_told_of_it_afterwards(
             stream.next().await.unwrap().unwrap();
         }
         drop(cancelled);
+        let running = all.events().len();
         drop(executor);
         let events = all.events();
         let numbers = |event: &Event| match *event {
@@ -259,7 +260,8 @@ async fn every_step_that_is_sent_ends_once_and_nothing_is_told_of_it_afterwards(
             .count();
         assert!(failed > 0 || sound, "what is under way when the executor stops counts as failed too");
         let mut over = std::collections::HashSet::new();
-        for event in &events {
+        // Stages may end what they compute when the executor goes.
+        for event in &events[..running] {
             match event {
                 Event::StepFinished { step, outcome } if *outcome != StepOutcome::Failed => {
                     assert!(over.insert(*step), "{step} ends twice")
@@ -271,6 +273,29 @@ async fn every_step_that_is_sent_ends_once_and_nothing_is_told_of_it_afterwards(
             }
         }
     }
+}
+
+#[tokio::test]
+async fn a_cancelled_step_has_not_failed_when_the_executor_goes() {
+    let all = All::wanting(Interest::default());
+    let meddling = Arc::new(Meddling::default());
+    let options = ExecutorOptions { probe: Probe::new(all.clone()), ..meddling.options() };
+    let executor = executor_with(DEMO_MODEL, "cpu,cpu", Some(&[5, 3]), options).await.unwrap();
+    meddling.delay_ms.store(50, Ordering::SeqCst);
+    let mut stream = executor.infer_stream(PROMPT.to_vec(), 100_000, 0.0, 1.0);
+    stream.next().await.unwrap().unwrap();
+    // The next step is in a stage by now, or will be.
+    drop(stream);
+    drop(executor);
+    let events = all.events();
+    let outcomes = events.iter().filter_map(|event| match event {
+        Event::StepFinished { outcome, .. } => Some(*outcome),
+        _ => None,
+    });
+    let outcomes: Vec<_> = outcomes.collect();
+    assert!(outcomes.contains(&StepOutcome::Unwanted) && !outcomes.contains(&StepOutcome::Failed), "{outcomes:?}");
+    let cancelled = |event: &Event| matches!(event, Event::RequestFinished { outcome: Outcome::Cancelled, .. });
+    assert!(events.iter().any(cancelled), "{events:?}");
 }
 
 /// Attention weights of the prompt's last row: (layer, head, first, weights).

@@ -7,10 +7,14 @@
 
 #[path = "../../examples/common/cases.rs"]
 mod cases;
+#[allow(dead_code)] // this program uses a part
+#[path = "../../examples/common/output.rs"]
+mod output;
 
 use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -21,6 +25,7 @@ use candle_nn::VarBuilder;
 use candle_transformers::models::{llama, quantized_llama, quantized_qwen2, qwen2};
 use cases::{Case, HEADER, Timing};
 use clap::Parser;
+use output::print_line;
 
 #[derive(Parser)]
 struct Arguments {
@@ -154,13 +159,17 @@ impl Model {
     }
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    output::exit(run())
+}
+
+fn run() -> Result<()> {
     let Arguments { model: path, cases, json } = Arguments::parse();
     let began = Instant::now();
     let mut model = Model::load(&path).with_context(|| path.display().to_string())?;
     let load = began.elapsed();
     if !json {
-        println!("{HEADER}");
+        print_line(HEADER)?;
     }
     // As `bench_batch` does: a short run to warm up, and once unmeasured what is a prompt only.
     model.measure(&Case { prompt: 32, generate: 2, sequences: 1 })?;
@@ -171,7 +180,7 @@ fn main() -> Result<()> {
         }
         let timing = model.measure(case)?;
         if !json {
-            println!("{}", timing.row(case));
+            print_line(timing.row(case))?;
         }
         measured.push(timing.json(case));
     }
@@ -181,7 +190,7 @@ fn main() -> Result<()> {
             "load_us": load.as_micros() as u64,
             "cases": measured,
         });
-        println!("{output}");
+        print_line(output)?;
     }
     Ok(())
 }

@@ -61,7 +61,7 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    common::exit(run())
+    common::end(run())
 }
 
 fn run() -> Result<()> {
@@ -179,7 +179,10 @@ impl Dashboard<'_> {
             Ok(ids) => ids,
             Err(error) => return self.app.end(format!("failed: {error}")),
         };
-        let options = self.flags.generation();
+        let options = match self.flags.generation() {
+            Ok(options) => options,
+            Err(error) => return self.app.end(format!("failed: {error}")),
+        };
         let has_text = tokenizer.is_some();
         let mut stream = match has_text {
             true => self.executor.infer_stream_with_text(ids, &options),

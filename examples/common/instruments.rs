@@ -12,6 +12,9 @@ use candle_pipeline::instrument::Collector;
 use candle_pipeline::instrument::jsonl::{MetricsLog, MetricsLogOptions};
 use candle_pipeline::instrument::metrics::{Metrics, MetricsOptions};
 
+use super::logs::watch;
+use super::output::note_line;
+
 const ENABLED: &str = "METRICS_LOG_ENABLED";
 const INTERVAL: &str = "METRICS_LOG_INTERVAL_SECS";
 
@@ -50,7 +53,9 @@ impl Instruments {
     pub fn add_from_environment(&mut self) -> Result<()> {
         if let Some(options) = log_options(|name| std::env::var_os(name).map(|value| value.to_string_lossy().into()))? {
             let log = MetricsLog::start(self.metrics(MetricsOptions::default())?, &options)?;
-            eprintln!("metrics go to {} and {}", log.latency_path().display(), log.memory_path().display());
+            let (latency, memory) = (log.latency_path().display(), log.memory_path().display());
+            note_line(format_args!("metrics go to {latency} and {memory}"));
+            watch(format!("{ENABLED}: {latency}, {memory}"), "lines", &log.failures());
             self.keep(log);
         }
         Ok(())

@@ -1,15 +1,16 @@
-//! Flags for what is written while an example runs: the session log and the Chrome trace.
+//! Flags for what is written while an example runs: the session log and the Chrome trace. And what became of it: a log that
+//! could not be written does not hold up the program, and is an error at its end.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use candle_pipeline::Tokenizer;
-use candle_pipeline::instrument::Collector;
 use candle_pipeline::instrument::chrome::{ChromeTrace, ChromeTraceOptions};
 use candle_pipeline::instrument::queue::{Listener, QueueOptions, Sink, listen};
 use candle_pipeline::instrument::session_log::{SessionLog, SessionLogLevel, SessionLogOptions};
+use candle_pipeline::instrument::{Collector, WriteFailures};
 use clap::Args;
 
 /// Which logs to write, and what writes them. They are finished when the last clone is dropped, so an executor has to be
@@ -25,7 +26,7 @@ pub struct Logs {
     /// Size at which the session log goes on in a new file; five are kept.
     #[arg(long, value_name = "BYTES", requires = "session_log")]
     pub session_log_max_bytes: Option<u64>,
-    /// Write a Chrome trace for ui.perfetto.dev to this file.
+    /// Write a Chrome trace for ui.perfetto.dev to this file. An earlier trace is replaced, other files are left alone.
     #[arg(long, value_name = "FILE")]
     pub chrome_trace: Option<PathBuf>,
     /// How often the Chrome trace has the layers and phases of a step of each stage, in milliseconds; 0 is every step.
@@ -62,11 +63,13 @@ impl Logs {
                 detokenise: Some(Arc::new(move |tokens| tokenizer.get()?.decode(tokens, true).ok())),
                 ..SessionLogOptions::new(path)
             })?;
+            watch(format!("--session-log {}", path.display()), "lines", &log.failures());
             collectors.push(self.listen("session-log", log)?);
         }
         if let Some(path) = &self.chrome_trace {
             let phases = Some(Duration::from_millis(self.chrome_trace_phases));
             let trace = ChromeTrace::create(ChromeTraceOptions { phases, ..ChromeTraceOptions::new(path) })?;
+            watch(format!("--chrome-trace {}", path.display()), "lines", &trace.failures());
             collectors.push(self.listen("chrome-trace", trace)?);
         }
         Ok(collectors)
@@ -77,4 +80,33 @@ impl Logs {
         self.writers.0.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(writer));
         Ok(collector)
     }
+}
+
+/// What this process writes besides its output: the flag that asked for it, what it consists of, and what it lacks.
+static WATCHED: Mutex<Vec<(String, &str, WriteFailures)>> = Mutex::new(Vec::new());
+
+/// Makes failures to write the `parts` of `what` an error at the program's end.
+pub fn watch(what: String, parts: &'static str, failures: &WriteFailures) {
+    WATCHED.lock().unwrap_or_else(PoisonError::into_inner).push((what, parts, failures.clone()));
+}
+
+/// Leaves what was watched so far to another process to report.
+pub fn forget() {
+    WATCHED.lock().unwrap_or_else(PoisonError::into_inner).clear();
+}
+
+/// Looks at what was watched, after all writers have been dropped: an error names each file that lacks something. What the
+/// program printed is right all the same, but it is not all that was asked for.
+pub fn check() -> Result<()> {
+    let watched = std::mem::take(&mut *WATCHED.lock().unwrap_or_else(PoisonError::into_inner));
+    let failed: Vec<String> = watched
+        .iter()
+        .filter_map(|(what, parts, failures)| {
+            Some(format!("{what}: {} {parts} not written: {}", failures.count(), failures.first()?))
+        })
+        .collect();
+    if !failed.is_empty() {
+        bail!("{}", failed.join("; "));
+    }
+    Ok(())
 }

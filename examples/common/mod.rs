@@ -2,27 +2,36 @@
 #![allow(dead_code)] // each example uses a part
 
 pub mod cases;
+pub mod files;
 pub mod instruments;
+pub mod interrupt;
 pub mod logs;
+pub mod output;
 pub mod ratio;
+pub mod sampling;
+pub mod warnings;
 
-use std::io::{IsTerminal, Write};
+use std::future::Future;
+use std::io::IsTerminal;
 use std::ops::Deref;
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use candle_pipeline::error::one_line;
+use candle_pipeline::instrument::WriteFailures;
 use candle_pipeline::weights::WeightType;
 use candle_pipeline::{
     ChatMessage, ChatOptions, DEMO_MODEL, DeviceSpec, ExecutorOptions, GenerationOptions, HeterogeneousPipeline,
     HeterogeneousPipelineExecutor, Isa, KvType, LinkOptions, MeasuredSplit, MetalExtOptions, Objective,
     PipelineOptions, SimulatedLink, Split, StageStats, Tokenizer, WireType,
 };
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use clap::{Parser, ValueEnum};
 
 use self::instruments::Instruments;
+use self::output::{note, note_line};
+use self::sampling::Sampling;
 
 /// What goes to stdout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -53,7 +62,8 @@ pub struct Flags {
     /// Sequences at once: those that a measured split is for, and those that an example which runs several runs.
     #[arg(long, default_value_t = 1)]
     pub sequences: usize,
-    /// File that keeps what a measured split has measured; in the user's cache folder when absent.
+    /// File that keeps what a measured split has measured; in the user's cache folder when absent. Files that hold anything
+    /// else are left alone.
     #[arg(long)]
     pub cost_cache: Option<std::path::PathBuf>,
     /// Measure again what the file has.
@@ -68,9 +78,10 @@ pub struct Flags {
     /// The prompt. May be repeated where an example takes several.
     #[arg(long)]
     pub prompt: Vec<String>,
-    /// A file with the prompt.
-    #[arg(long, conflicts_with = "prompt")]
-    pub prompt_file: Option<std::path::PathBuf>,
+    /// A file with the prompt; - reads standard input.
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    #[arg(value_parser = PathBufValueParser::new().try_map(PromptFile::read))]
+    pub prompt_file: Option<PromptFile>,
     /// The prompt as token ids, for models without a tokenizer.
     #[arg(long, conflicts_with_all = ["prompt", "prompt_file"])]
     pub token_ids: Vec<String>,
@@ -80,24 +91,6 @@ pub struct Flags {
     /// A variable of the chat template, as JSON or text: `enable_thinking=false`. May be repeated.
     #[arg(long, value_name = "NAME=VALUE", requires = "chat", value_parser = parse_chat_var)]
     pub chat_var: Vec<(String, serde_json::Value)>,
-    /// Tokens to generate at most.
-    #[arg(long, default_value_t = 400)]
-    pub max_tokens: usize,
-    /// 0 is greedy.
-    #[arg(long, default_value_t = 0.0)]
-    pub temperature: f32,
-    /// Nucleus; 1 cuts nothing.
-    #[arg(long, default_value_t = 1.0)]
-    pub top_p: f32,
-    /// The k most likely tokens only.
-    #[arg(long)]
-    pub top_k: Option<usize>,
-    /// Seed of the random choice.
-    #[arg(long)]
-    pub seed: Option<u64>,
-    /// Go on past end-of-sequence tokens.
-    #[arg(long)]
-    pub ignore_eos: bool,
     /// Type for F32, F16 and BF16 weights: f32, f16 or bf16.
     #[arg(long)]
     pub dtype: Option<String>,
@@ -119,23 +112,32 @@ pub struct Flags {
     /// What goes to stdout.
     #[arg(long, value_enum, default_value_t = OutputFormat::Text)]
     pub output_format: OutputFormat,
-    /// With JSON: also the logits of the last prompt position.
-    #[arg(long)]
-    pub logits: bool,
+    #[command(flatten)]
+    pub sampling: Sampling,
     #[command(flatten)]
     pub logs: logs::Logs,
 }
 
+/// A prompt that was read from a file when the command line was.
+#[derive(Debug, Clone)]
+pub struct PromptFile {
+    /// The file, or - for standard input.
+    pub path: std::path::PathBuf,
+    /// What was in it.
+    pub text: String,
+}
+
+impl PromptFile {
+    fn read(path: std::path::PathBuf) -> Result<PromptFile, String> {
+        let text = files::read_text(&path).map_err(|error| format!("{error:#}"))?;
+        Ok(PromptFile { path, text })
+    }
+}
+
 impl Flags {
     /// Options for a generation.
-    pub fn generation(&self) -> GenerationOptions {
-        GenerationOptions {
-            top_k: self.top_k,
-            seed: self.seed,
-            ignore_eos: self.ignore_eos,
-            prompt_logits: self.logits,
-            ..GenerationOptions::new(self.max_tokens, self.temperature, self.top_p)
-        }
+    pub fn generation(&self) -> Result<GenerationOptions> {
+        Ok(self.sampling.options()?)
     }
 
     /// Options for a plan.
@@ -166,11 +168,17 @@ impl Flags {
     /// Options for a measured split.
     pub fn measured(&self) -> MeasuredSplit {
         let cache = || Some(dirs::cache_dir()?.join("candle-pipeline").join("costs.json"));
+        let cache_failures = WriteFailures::default();
+        // A cache that nobody asked for is no loss.
+        if let Some(path) = &self.cost_cache {
+            logs::watch(format!("--cost-cache {}", path.display()), "file", &cache_failures);
+        }
         MeasuredSplit {
             objective: self.objective,
             sequences: self.sequences,
             cache: self.cost_cache.clone().or_else(cache),
             remeasure: self.remeasure,
+            cache_failures,
         }
     }
 
@@ -191,6 +199,8 @@ impl Flags {
 
     /// Plans the model, which reads headers only.
     pub async fn plan(&self) -> Result<HeterogeneousPipeline> {
+        // Options are checked before anything is read or printed.
+        self.generation()?;
         let devices = DeviceSpec::parse_list(&self.devices)?;
         let plan = self.pipeline()?;
         let model = self.model.clone();
@@ -207,7 +217,7 @@ impl Flags {
     ) -> Result<Loaded> {
         instruments.add_from_environment()?;
         if self.output_format != OutputFormat::None {
-            eprint!("{pipeline}");
+            note(&pipeline);
         }
         let (progress, bar) = loading_bar(pipeline.stages().iter().map(|stage| stage.weight_bytes).sum());
         let tokenizer: Arc<OnceLock<Tokenizer>> = Arc::default();
@@ -219,7 +229,7 @@ impl Flags {
             let _ = tokenizer.set(loaded.clone());
         }
         if self.output_format != OutputFormat::None {
-            eprintln!("ready in {:.2?}", executor.load_time());
+            note_line(format_args!("ready in {:.2?}", executor.load_time()));
         }
         Ok(Loaded { executor, _instruments: instruments })
     }
@@ -230,7 +240,7 @@ impl Flags {
             return self.token_ids.iter().map(|list| parse_ids(list)).collect();
         }
         let texts: Vec<String> = match &self.prompt_file {
-            Some(path) => vec![std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?],
+            Some(file) => vec![file.text.clone()],
             None if self.prompt.is_empty() => defaults.iter().map(|text| text.to_string()).collect(),
             None => self.prompt.clone(),
         };
@@ -357,22 +367,18 @@ pub fn greedy(logits: &[f32]) -> usize {
     (0..logits.len()).reduce(|best, index| if logits[index] > logits[best] { index } else { best }).unwrap_or(0)
 }
 
-/// Prints a piece of the answer at once.
-pub fn print_now(text: &str) {
-    print!("{text}");
-    let _ = std::io::stdout().flush();
+/// Runs a program of the tokio runtime to its exit code, with warnings on stderr and Ctrl-C as [`interrupt`] says.
+pub async fn program(run: impl Future<Output = Result<()>>) -> ExitCode {
+    warnings::show();
+    end(interrupt::run(run).await)
 }
 
-/// Ends an example: an error is one line on stderr, whatever RUST_BACKTRACE says, since it is meant for the user.
-pub fn exit(result: Result<()>) -> ExitCode {
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            let text = format!("{error:#}");
-            // The library's own may show a table; candle's would show a backtrace.
-            let is_own = error.downcast_ref::<candle_pipeline::Error>().is_some();
-            eprintln!("error: {}", if is_own { text } else { one_line(&text) });
-            ExitCode::FAILURE
-        }
+/// Ends a program whose result is known and whose logs are closed.
+pub fn end(result: Result<()>) -> ExitCode {
+    let code = output::exit(result);
+    match logs::check() {
+        Ok(()) => code,
+        // It is said once: beside an error that ended the program, and instead of success.
+        incomplete => output::exit(incomplete),
     }
 }

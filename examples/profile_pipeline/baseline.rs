@@ -47,11 +47,10 @@ pub struct Baseline {
 }
 
 impl Baseline {
-    /// Reads what `--json` has printed.
-    pub fn read(path: &Path) -> Result<Baseline> {
+    /// Parses what `--json` has printed to the file at `path`.
+    pub fn read(path: &Path, text: &str) -> Result<Baseline> {
         let name = path.display();
-        let text = std::fs::read_to_string(path).with_context(|| format!("--baseline {name}"))?;
-        let json: Value = serde_json::from_str(&text).with_context(|| format!("--baseline {name}: not JSON"))?;
+        let json: Value = serde_json::from_str(text).with_context(|| format!("--baseline {name}: not JSON"))?;
         Baseline::parse(&json)
             .with_context(|| format!("--baseline {name} is not what `profile_pipeline --json` prints"))
     }

@@ -32,18 +32,20 @@ mod phases;
 mod plot;
 mod report;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use candle_pipeline::instrument::Probe;
 use candle_pipeline::{ExecutorOptions, HeterogeneousPipelineExecutor};
 use clap::{CommandFactory, FromArgMatches, Parser};
 
 use baseline::Baseline;
 use common::cases::Case;
+use common::files::{OutputFile, read_text};
 use common::instruments::Instruments;
+use common::output::{note, note_line, print, print_line};
 use common::{Flags, OutputFormat};
 use events::Log;
 use others::Others;
@@ -80,7 +82,7 @@ pub struct Arguments {
     /// Print one JSON object instead of the tables.
     #[arg(long)]
     pub json: bool,
-    /// Write plots to this file.
+    /// Write plots to this file. An earlier plot is replaced, other files are left alone.
     #[arg(long)]
     pub plot: Option<PathBuf>,
     /// Compare with what --json printed earlier.
@@ -106,7 +108,7 @@ impl Arguments {
             ("--runs", arguments.runs),
             ("--batch", Some(arguments.batch)),
             ("--processes", arguments.processes),
-            ("--max-tokens", Some(arguments.flags.max_tokens)),
+            ("--max-tokens", Some(arguments.flags.sampling.max_tokens)),
             ("--token-counts", arguments.token_counts.iter().min().copied()),
             ("--input-lengths", arguments.input_lengths.iter().min().copied()),
         ];
@@ -127,7 +129,7 @@ impl Arguments {
 
     /// Tokens of a sustained run.
     pub fn tokens(&self) -> usize {
-        if self.quick { self.flags.max_tokens.min(20) } else { self.flags.max_tokens }
+        if self.quick { self.flags.sampling.max_tokens.min(20) } else { self.flags.sampling.max_tokens }
     }
 
     /// Cold processes, and as many warm ones.
@@ -138,14 +140,14 @@ impl Arguments {
     /// Tells what is being done.
     pub fn say(&self, text: &str) {
         if self.flags.output_format != OutputFormat::None {
-            eprintln!("{text}");
+            note_line(text);
         }
     }
 }
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    common::exit(run().await)
+    common::program(run()).await
 }
 
 async fn run() -> Result<()> {
@@ -154,9 +156,13 @@ async fn run() -> Result<()> {
         arguments.flags.output_format = OutputFormat::None;
         // The process that starts this one writes them.
         (arguments.flags.logs.session_log, arguments.flags.logs.chrome_trace) = (None, None);
-        return be_measured(&arguments, start).await;
+        let measured = be_measured(&arguments, start).await;
+        // So does it report a cost cache that cannot be written.
+        common::logs::forget();
+        return measured;
     }
-    let baseline = arguments.baseline.as_deref().map(Baseline::read).transpose()?;
+    let baseline = arguments.baseline.as_deref().map(read_baseline).transpose()?;
+    let plot = arguments.plot.as_deref().map(|path| OutputFile::new("--plot", path, plot::is_plot)).transpose()?;
     let planned = arguments.flags.plan().await?;
     let identity = report::identity(&arguments, &planned);
     if let Some(baseline) = &baseline {
@@ -192,11 +198,11 @@ async fn run() -> Result<()> {
     }
     profile.others = others.cores();
     match arguments.json {
-        true => println!("{}", profile.json(&arguments, &executor)),
-        false => print!("{}", profile.text()),
+        true => print_line(profile.json(&arguments, &executor))?,
+        false => print(profile.text())?,
     }
-    if let Some(path) = &arguments.plot {
-        plot::draw(&profile, path)?;
+    if let Some((file, path)) = plot.zip(arguments.plot.as_ref()) {
+        file.write(plot::draw(&profile)?.as_bytes())?;
         arguments.say(&format!("plots in {}", path.display()));
     }
     match baseline {
@@ -205,13 +211,17 @@ async fn run() -> Result<()> {
     }
 }
 
+fn read_baseline(path: &Path) -> Result<Baseline> {
+    let text = read_text(path).with_context(|| format!("--baseline {}", path.display()))?;
+    Baseline::read(path, &text)
+}
+
 /// One process of the warmup phase.
 async fn be_measured(arguments: &Arguments, start: Start) -> Result<()> {
     let log = Arc::new(Log::default());
     let executor = arguments.flags.load_with(options(&log)).await?;
     let bench = Bench { executor: &executor, log: &log, arguments, prompts: prompts(arguments, &executor)? };
-    println!("{}", serde_json::to_string(&bench.start(start).await?)?);
-    Ok(())
+    Ok(print_line(serde_json::to_string(&bench.start(start).await?)?)?)
 }
 
 fn options(log: &Arc<Log>) -> ExecutorOptions {
@@ -244,8 +254,8 @@ fn judge(arguments: &Arguments, baseline: &Baseline, profile: &Profile) -> Resul
     }
     text += &profile.disturbed();
     match arguments.json {
-        true => eprint!("{text}"),
-        false => print!("{text}"),
+        true => note(&text),
+        false => print(&text)?,
     }
     let slower: Vec<String> = comparison
         .regressions()

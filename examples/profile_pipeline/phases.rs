@@ -1,5 +1,6 @@
 //! What is run: the five phases, each from plain requests whose tokens are timed as their caller sees them.
 
+use std::io::Write;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -136,21 +137,23 @@ pub struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    fn options(&self, tokens: usize) -> GenerationOptions {
-        // Runs are of one length only if no end-of-sequence token cuts them short, and a repeated prompt is to be
-        // computed each time.
-        GenerationOptions {
+    fn options(&self, tokens: usize) -> Result<GenerationOptions> {
+        // Runs are of one length only if nothing cuts them short, and a repeated prompt is to be computed each time.
+        Ok(GenerationOptions {
             ignore_eos: true,
+            stop_tokens: Vec::new(),
+            stop_strings: Vec::new(),
+            deadline: None,
             reuse_prefix: false,
             max_tokens: tokens,
-            ..self.arguments.flags.generation()
-        }
+            ..self.arguments.flags.generation()?
+        })
     }
 
     /// Submits all prompts at once, and takes the times at which tokens come.
     async fn at_once(&self, prompts: &[Vec<u32>], tokens: usize) -> Result<(Vec<Run>, Account)> {
         self.log.take();
-        let options = self.options(tokens);
+        let options = self.options(tokens)?;
         let mut runs: Vec<Run> = prompts.iter().map(|prompt| Run { input: prompt.len(), ..Run::default() }).collect();
         let began = Instant::now();
         let mut last = vec![began; prompts.len()];
@@ -347,20 +350,28 @@ pub fn warmup_effect(arguments: &Arguments) -> Result<WarmupEffect> {
     let mut effect = WarmupEffect { cold: Vec::new(), warm: Vec::new() };
     for process in 0..arguments.processes() {
         arguments.say(&format!("cold and warm process {} of {}", process + 1, arguments.processes()));
-        effect.cold.push(start_process(Start::Cold)?);
-        effect.warm.push(start_process(Start::Warm)?);
+        effect.cold.push(start_process(arguments, Start::Cold)?);
+        effect.warm.push(start_process(arguments, Start::Warm)?);
     }
     Ok(effect)
 }
 
 /// Runs this program again, with the same arguments and one more.
-fn start_process(start: Start) -> Result<Started> {
+fn start_process(arguments: &Arguments, start: Start) -> Result<Started> {
     let program = std::env::current_exe().context("the path of this program")?;
     let name = start.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string());
     let mut command = Command::new(&program);
-    command.args(std::env::args_os().skip(1)).args(["--start-process", &name]).stdin(Stdio::null());
-    command.env_remove("METRICS_LOG_ENABLED");
-    let output = command.output().with_context(|| format!("starting {}", program.display()))?;
+    command.args(std::env::args_os().skip(1)).args(["--start-process", &name]);
+    command.env_remove("METRICS_LOG_ENABLED").stdout(Stdio::piped()).stderr(Stdio::piped());
+    // A prompt that came by standard input goes on to it.
+    let prompt = arguments.flags.prompt_file.as_ref().filter(|file| file.path.as_os_str() == "-");
+    command.stdin(if prompt.is_some() { Stdio::piped() } else { Stdio::null() });
+    let starting = || format!("starting {}", program.display());
+    let mut process = command.spawn().with_context(starting)?;
+    if let (Some(prompt), Some(mut input)) = (prompt, process.stdin.take()) {
+        input.write_all(prompt.text.as_bytes()).with_context(starting)?;
+    }
+    let output = process.wait_with_output().with_context(starting)?;
     let errors = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "a {name} process ended with {}: {}", output.status, errors.trim());
     serde_json::from_slice(&output.stdout).with_context(|| format!("the answer of a {name} process"))

@@ -2,7 +2,6 @@
 //! first token goes, and what the stages computed when.
 
 use std::ops::Range;
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -33,8 +32,13 @@ const RED: RGBColor = RGBColor(213, 94, 0);
 /// Micro-batches that the timeline shows.
 const STEPS: u64 = 16;
 
-/// Draws what the chosen phases have measured.
-pub fn draw(profile: &Profile, path: &Path) -> Result<()> {
+/// Whether a file begins as a plot does.
+pub fn is_plot(head: &[u8]) -> bool {
+    head.starts_with(format!("<svg width=\"{WIDTH}\" height=\"").as_bytes())
+}
+
+/// Draws what the chosen phases have measured, as an SVG.
+pub fn draw(profile: &Profile) -> Result<String> {
     let cases = named_cases(profile);
     let mut panels: Vec<Panel> = Vec::new();
     if let Some(sustained) = profile.sustained.as_ref().filter(|sustained| sustained.case.output > 2) {
@@ -54,15 +58,15 @@ pub fn draw(profile: &Profile, path: &Path) -> Result<()> {
     ensure!(!panels.is_empty(), "--plot: none of the chosen --phases has anything to draw");
 
     let height = PANEL_HEIGHT * panels.len() as u32;
-    let root = SVGBackend::new(path, (WIDTH, height)).into_drawing_area();
-    let drawn = || -> Result<()> {
-        root.fill(&WHITE).map_err(failed)?;
-        for (panel, area) in panels.iter().zip(root.split_evenly((panels.len(), 1))) {
-            panel(&area)?;
-        }
-        root.present().map_err(failed)
-    };
-    drawn().with_context(|| format!("--plot {}", path.display()))
+    let mut svg = String::new();
+    let root = SVGBackend::with_string(&mut svg, (WIDTH, height)).into_drawing_area();
+    root.fill(&WHITE).map_err(failed)?;
+    for (panel, area) in panels.iter().zip(root.split_evenly((panels.len(), 1))) {
+        panel(&area)?;
+    }
+    root.present().map_err(failed)?;
+    drop(root);
+    Ok(svg)
 }
 
 fn failed(error: impl std::fmt::Display) -> anyhow::Error {

@@ -193,13 +193,12 @@ pub fn identity(arguments: &Arguments, planned: &HeterogeneousPipeline) -> Ident
         std::path::Path::new(&flags.model).file_name().map_or(flags.model.clone().into(), |name| name.to_owned());
     let (layers, width) = (config.num_hidden_layers, config.hidden_size);
     let prompt = match (&flags.prompt_file, flags.token_ids.is_empty(), flags.prompt.is_empty()) {
-        (Some(file), ..) => file.display().to_string(),
+        (Some(file), ..) => file.path.display().to_string(),
         (None, false, _) => flags.token_ids.join("; "),
         (None, true, false) => format!("{:?}", flags.prompt),
         (None, true, true) => "the default prompt".into(),
     };
-    let sampling =
-        format!("temperature {}, top-p {}, top-k {}", flags.temperature, flags.top_p, flags.top_k.unwrap_or(0));
+    let sampling = flags.sampling.describe();
     let chat = if flags.chat { " as a chat" } else { "" };
     let request = format!("{prompt}{chat}, {} tokens, {sampling}", arguments.tokens());
     let optional = |value: Option<String>| value.unwrap_or_else(|| "default".into());

@@ -28,6 +28,8 @@ use candle_pipeline::instrument::{LayerActivations, Probe, Watch};
 use candle_pipeline::model::quantisation::{ModelWeights, compare};
 use candle_pipeline::{DeviceSpec, ExecutorOptions, HeterogeneousPipeline, PipelineOptions, Tokenizer};
 use clap::{CommandFactory, FromArgMatches, Parser};
+use common::files::OutputFile;
+use common::output::{print, print_line};
 use common::{Flags, OutputFormat, greedy};
 use serde::Serialize;
 
@@ -60,7 +62,7 @@ struct Arguments {
     /// Tensors that the quantisation errors are shown of, worst first.
     #[arg(long, default_value_t = 12)]
     tensors: usize,
-    /// A file for everything that was found.
+    /// A file for everything that was found. An earlier report is replaced, other files are left alone.
     #[arg(long)]
     json: Option<PathBuf>,
 }
@@ -104,6 +106,12 @@ impl Report {
             None => token.to_string(),
         }
     }
+}
+
+/// Whether a file begins as the report of `--json` does.
+fn is_report(head: &[u8]) -> bool {
+    let head = String::from_utf8_lossy(head);
+    head.starts_with("{\n  \"model\": \"") && head.contains("\n  \"reference\": ")
 }
 
 /// The layers of all forward passes, each as if all rows had been in one.
@@ -202,6 +210,8 @@ async fn run() -> Result<()> {
     let command = Arguments::command().mut_arg("max_tokens", |argument| argument.default_value("12"));
     let arguments = Arguments::from_arg_matches(&command.get_matches()).map_err(|error| error.exit())?;
     let flags = &arguments.flags;
+    let generation = flags.generation()?;
+    let json = arguments.json.as_deref().map(|path| OutputFile::new("--json", path, is_report)).transpose()?;
     let largest = |list: &Option<Vec<usize>>| list.iter().flatten().copied().max();
     let (layers, heads) = (arguments.layers, arguments.heads);
     let tracked = arguments.track.iter().flatten().map(|token| *token as usize).max();
@@ -231,7 +241,7 @@ async fn run() -> Result<()> {
     let prompts = flags.prompts(executor.needed_tokenizer(), &["Once upon a time"])?;
     let [prompt] = prompts.as_slice() else { bail!("one prompt, please: a report is of one") };
     // An error is shown behind the report: what the layers did may be its cause.
-    let outcome = executor.infer_with(prompt, &flags.generation()).await;
+    let outcome = executor.infer_with(prompt, &generation).await;
     let tokens = outcome.as_ref().map_or(Vec::new(), |generation| generation.tokens.clone());
     let pipeline = executor.pipeline().clone();
     // Its last step is over when its threads have ended.
@@ -265,14 +275,14 @@ async fn run() -> Result<()> {
         trace,
         tokenizer,
     };
-    if let Some(path) = &arguments.json {
-        std::fs::write(path, serde_json::to_vec_pretty(&report)?).with_context(|| format!("{}", path.display()))?;
+    if let Some(file) = json {
+        file.write(&serde_json::to_vec_pretty(&report)?)?;
     }
     match flags.output_format {
         OutputFormat::Text => {
-            print!("{}", report::Text { report: &report, shown: arguments.lens_rows, tensors: arguments.tensors })
+            print(report::Text { report: &report, shown: arguments.lens_rows, tensors: arguments.tensors })?;
         }
-        OutputFormat::Json => println!("{}", serde_json::to_string(&report)?),
+        OutputFormat::Json => print_line(serde_json::to_string(&report)?)?,
         OutputFormat::None => {}
     }
     outcome?;
@@ -281,5 +291,5 @@ async fn run() -> Result<()> {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    common::exit(run().await)
+    common::program(run()).await
 }

@@ -32,7 +32,7 @@ use serde_json::{Map, Value, json};
 
 use super::line_file::{Existing, LineFile};
 use super::queue::Sink;
-use super::{Event, Interest, Lap, ModelFacts, Outcome, Record, StepSlice, micros};
+use super::{Event, Interest, Lap, ModelFacts, Outcome, Record, StepSlice, WriteFailures, micros};
 use crate::error::Result;
 
 /// Process and thread numbers, as an operating system could give them, because viewers take them for that: no thread has
@@ -46,7 +46,7 @@ const REQUESTS: u64 = 1_000_000;
 /// What a trace has.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ChromeTraceOptions {
-    /// The file. One that is there is replaced.
+    /// The file. An earlier trace is replaced; a file that holds anything else is refused and left as it is.
     pub path: PathBuf,
     /// Layers and phases of a step of each stage at most every so long; zero is every step. `None` has none of its own,
     /// only those that another collector asks for.
@@ -66,6 +66,7 @@ impl ChromeTraceOptions {
 pub struct ChromeTrace {
     options: ChromeTraceOptions,
     file: LineFile,
+    failures: WriteFailures,
     origin: Instant,
     /// What is before the next event: nothing before the first.
     separator: &'static str,
@@ -91,11 +92,13 @@ struct Asked {
 impl ChromeTrace {
     /// Makes the file, which shows here whether it can be written.
     pub fn create(options: ChromeTraceOptions) -> Result<ChromeTrace> {
-        let mut file = LineFile::open(&options.path, Existing::Replaced)?;
+        let failures = WriteFailures::default();
+        let mut file = LineFile::open(&options.path, Existing::Replaced(is_trace), failures.clone())?;
         file.push(b"[");
         let mut trace = ChromeTrace {
             options,
             file,
+            failures,
             origin: Instant::now(),
             separator: "",
             steps: BTreeMap::new(),
@@ -109,9 +112,9 @@ impl ChromeTrace {
         Ok(trace)
     }
 
-    /// Lines that could not be written.
-    pub fn lost_lines(&self) -> u64 {
-        self.file.lost_lines()
+    /// Lines that could not be written, those that dropping the trace writes among them.
+    pub fn failures(&self) -> WriteFailures {
+        self.failures.clone()
     }
 
     fn put(&mut self, event: Value) {
@@ -254,6 +257,12 @@ impl ChromeTrace {
         let args = json!({ "events": events });
         self.put(json!({ "ph": "i", "s": "g", "name": "events dropped", "pid": PIPELINE, "tid": SCHEDULER, "ts": ts, "args": args }));
     }
+}
+
+/// Whether a file begins as [`ChromeTrace::create`] begins one: with the name of the first process.
+fn is_trace(head: &[u8]) -> bool {
+    let head = String::from_utf8_lossy(head);
+    head.starts_with('[') && head.contains("\"process_name\"") && head.contains("\"pipeline\"")
 }
 
 /// A complete event.

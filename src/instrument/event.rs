@@ -62,7 +62,8 @@ pub enum Event {
         slices: Vec<StepSlice>,
     },
     /// A micro-batch has left the stages, or they have died over it, and what came of it has been told: nothing more is
-    /// told of it but [`Event::Kv`].
+    /// told of it but [`Event::Kv`]. An executor that is dropped ends all micro-batches; its stages may tell of the ones
+    /// that they are computing.
     StepFinished {
         /// Its number.
         step: u64,

@@ -9,12 +9,13 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 use serde::Serialize;
 
+use super::WriteFailures;
 use super::metrics::{Metrics, Snapshot, build_latency_rows, build_memory_rows};
 use crate::error::{Error, Result};
 
@@ -45,7 +46,7 @@ pub struct MetricsLog {
 #[derive(Default)]
 struct Shared {
     stop: AtomicBool,
-    failures: AtomicU64,
+    failures: WriteFailures,
 }
 
 impl MetricsLog {
@@ -85,9 +86,9 @@ impl MetricsLog {
         &self.memory
     }
 
-    /// Times that a line could not be written. The first is told in a warning too.
-    pub fn failures(&self) -> u64 {
-        self.shared.failures.load(Ordering::Relaxed)
+    /// Times that a line could not be written, the last ones among them that dropping the log writes.
+    pub fn failures(&self) -> WriteFailures {
+        self.shared.failures.clone()
     }
 }
 
@@ -123,7 +124,7 @@ impl Writer {
             let now = Instant::now();
             if now >= next || stop {
                 if let Err((kind, error)) = self.files.write(&self.metrics.snapshot())
-                    && self.shared.failures.fetch_add(1, Ordering::Relaxed) == 0
+                    && self.shared.failures.record(1, &error)
                 {
                     tracing::warn!("{kind} metrics cannot be written: {error}; further failures are only counted");
                 }

@@ -8,6 +8,7 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use super::WriteFailures;
 use crate::error::{Error, Result};
 
 /// Where writes may be cut. Larger pages begin at multiples of it too.
@@ -19,11 +20,14 @@ const BATCH: usize = 16 * PAGE;
 /// With less than this left in a page after a write, it is filled: a filler must have room, and most lines.
 const LEAST_ROOM: usize = 512;
 
-/// What a file may hold when it is opened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Bytes at a file's beginning that are enough to tell what it is.
+const HEAD: usize = 256;
+
+/// What happens to a file that is there and not empty. One that holds something else is left alone.
+#[derive(Debug, Clone, Copy)]
 pub enum Existing<'a> {
-    /// It is emptied.
-    Replaced,
+    /// It is emptied, if this recognises its first bytes.
+    Replaced(fn(&[u8]) -> bool),
     /// It is added to, if it begins like this.
     AddedTo(&'a [u8]),
 }
@@ -40,13 +44,13 @@ pub struct LineFile {
     pending_lines: u64,
     /// A line that says nothing, without its end.
     filler: Vec<u8>,
-    lost_lines: u64,
-    warned: bool,
+    failures: WriteFailures,
 }
 
 impl LineFile {
-    /// Opens the file or makes it. A piece of a line at its end, as a computer leaves that loses power, is cut off.
-    pub fn open(path: &Path, existing: Existing<'_>) -> Result<LineFile> {
+    /// Opens or creates the file, and counts in `failures` what cannot be written to it later. A piece of a line at its
+    /// end, as a computer leaves that loses power, is cut off.
+    pub fn open(path: &Path, existing: Existing<'_>, failures: WriteFailures) -> Result<LineFile> {
         let failed = |doing: &str, e: io::Error| Error::file(path, format!("cannot be {doing}: {e}"));
         let mut file = OpenOptions::new()
             .read(true)
@@ -60,17 +64,24 @@ impl LineFile {
             return Err(Error::file(path, "another process or log writes to it; give each a file of its own"));
         }
         let mut length = 0;
-        if let (true, Existing::AddedTo(beginning)) = (regular, existing) {
-            length = whole_lines(&mut file, beginning).map_err(|e| failed("read", e))?.ok_or_else(|| {
-                Error::file(path, "holds something else and is left as it is; give another name, or remove it")
-            })?;
-        }
         if regular {
+            let head = head(&mut file).map_err(|e| failed("read", e))?;
+            let known = match existing {
+                Existing::Replaced(known) => known(&head),
+                Existing::AddedTo(beginning) => head.starts_with(beginning),
+            };
+            if !head.is_empty() && !known {
+                let foreign = "holds something else and is left as it is; give another name, or remove it";
+                return Err(Error::file(path, foreign));
+            }
+            if let Existing::AddedTo(_) = existing {
+                length = whole_lines(&mut file).map_err(|e| failed("read", e))?;
+            }
             file.set_len(length).map_err(|e| failed("cut to whole lines", e))?;
         }
         let path = path.to_path_buf();
         let pending = Vec::with_capacity(BATCH);
-        Ok(LineFile { path, file, length, pending, pending_lines: 0, filler: Vec::new(), lost_lines: 0, warned: false })
+        Ok(LineFile { path, file, length, pending, pending_lines: 0, filler: Vec::new(), failures })
     }
 
     /// The line that fills what a page has left, without its end.
@@ -81,11 +92,6 @@ impl LineFile {
     /// Bytes, with those that are not written yet.
     pub fn length(&self) -> u64 {
         self.length + self.pending.len() as u64
-    }
-
-    /// Lines that could not be written.
-    pub fn lost_lines(&self) -> u64 {
-        self.lost_lines
     }
 
     /// Takes a line, without its end. It is written by [`flush`](Self::flush) at the latest.
@@ -139,12 +145,11 @@ impl LineFile {
         match self.file.write_all(&self.pending) {
             Ok(()) => self.length += self.pending.len() as u64,
             Err(error) => {
-                self.lost_lines += self.pending_lines;
                 // What a full disk took of the page goes again. Not every file can be cut.
                 let _ = self.file.set_len(self.length);
-                if !self.warned {
-                    self.warned = true;
-                    tracing::warn!("{}: lines are lost, the first ones to `{error}`", self.path.display());
+                if self.failures.record(self.pending_lines, &error) {
+                    let path = self.path.display();
+                    tracing::warn!("{path}: cannot be written: {error}; further failures are only counted");
                 }
             }
         }
@@ -153,14 +158,16 @@ impl LineFile {
     }
 }
 
-/// Bytes up to the last line's end; `None` when the file does not begin as it should.
-fn whole_lines(file: &mut File, beginning: &[u8]) -> io::Result<Option<u64>> {
-    let mut begins = Vec::with_capacity(beginning.len());
+/// The first bytes.
+fn head(file: &mut File) -> io::Result<Vec<u8>> {
+    let mut head = Vec::with_capacity(HEAD);
     file.seek(SeekFrom::Start(0))?;
-    Read::by_ref(file).take(beginning.len() as u64).read_to_end(&mut begins)?;
-    if !begins.is_empty() && begins != beginning {
-        return Ok(None);
-    }
+    Read::by_ref(file).take(HEAD as u64).read_to_end(&mut head)?;
+    Ok(head)
+}
+
+/// Bytes up to the last line's end.
+fn whole_lines(file: &mut File) -> io::Result<u64> {
     let mut end = file.seek(SeekFrom::End(0))?;
     let mut block = [0; PAGE];
     while end > 0 {
@@ -169,11 +176,11 @@ fn whole_lines(file: &mut File, beginning: &[u8]) -> io::Result<Option<u64>> {
         file.seek(SeekFrom::Start(from))?;
         file.read_exact(block)?;
         if let Some(newline) = block.iter().rposition(|&byte| byte == b'\n') {
-            return Ok(Some(from + newline as u64 + 1));
+            return Ok(from + newline as u64 + 1);
         }
         end = from;
     }
-    Ok(Some(0))
+    Ok(0)
 }
 
 #[cfg(test)]
@@ -192,7 +199,7 @@ mod tests {
         let path = folder.path().join("lines");
         let mut expected = Vec::new();
         for opening in 0..3 {
-            let mut file = LineFile::open(&path, Existing::AddedTo(b"line")).unwrap();
+            let mut file = LineFile::open(&path, Existing::AddedTo(b"line"), WriteFailures::default()).unwrap();
             file.set_filler(b"#".to_vec());
             for n in 0..500_usize {
                 let line = format!("line {opening} {n} x{}", "x".repeat(n * n * 31 % [200, 4000, 700][opening]));
@@ -216,7 +223,7 @@ mod tests {
     fn a_line_longer_than_a_page_is_written_too() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("lines");
-        let mut file = LineFile::open(&path, Existing::Replaced).unwrap();
+        let mut file = LineFile::open(&path, Existing::Replaced(|_| false), WriteFailures::default()).unwrap();
         let long = "y".repeat(3 * PAGE);
         for line in ["a", &long, &"z".repeat(PAGE - 1), &"z".repeat(PAGE), "b"] {
             file.push(line.as_bytes());
@@ -230,29 +237,39 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("lines");
         std::fs::write(&path, format!("line 1\nline 2\nlin{}", "e".repeat(9000))).unwrap();
-        let mut file = LineFile::open(&path, Existing::AddedTo(b"line")).unwrap();
-        let second = LineFile::open(&path, Existing::AddedTo(b"line")).unwrap_err().to_string();
+        let mut file = LineFile::open(&path, Existing::AddedTo(b"line"), WriteFailures::default()).unwrap();
+        let second =
+            LineFile::open(&path, Existing::AddedTo(b"line"), WriteFailures::default()).unwrap_err().to_string();
         assert!(second.contains("another process or log"), "{second}");
         file.push(b"line 3");
         file.flush();
         assert_eq!(lines(&path), ["line 1", "line 2", "line 3"]);
         let foreign = folder.path().join("letter");
         std::fs::write(&foreign, "Dear all").unwrap();
-        let refused = LineFile::open(&foreign, Existing::AddedTo(b"line")).unwrap_err().to_string();
+        let refused =
+            LineFile::open(&foreign, Existing::AddedTo(b"line"), WriteFailures::default()).unwrap_err().to_string();
         assert!(refused.contains("letter") && refused.contains("something else"), "{refused}");
         assert_eq!(std::fs::read_to_string(&foreign).unwrap(), "Dear all");
-        let missing = LineFile::open(&folder.path().join("no/such"), Existing::Replaced).unwrap_err().to_string();
+        let numbers = Existing::Replaced(|head| head.starts_with(b"1,2"));
+        let open = |name: &str| LineFile::open(&folder.path().join(name), numbers, WriteFailures::default());
+        let missing = open("no/such").unwrap_err().to_string();
         assert!(missing.contains("no/such") && missing.contains("opened for writing"), "{missing}");
+        assert!(open("letter").unwrap_err().to_string().contains("something else"));
+        assert_eq!(std::fs::read_to_string(&foreign).unwrap(), "Dear all");
+        std::fs::write(folder.path().join("numbers"), "1,2,3\n").unwrap();
+        assert_eq!(open("numbers").unwrap().length(), 0, "its own kind is replaced");
     }
 
     #[cfg(target_os = "linux")]
     #[test]
     fn what_a_full_disk_does_not_take_is_counted() {
-        let mut file = LineFile::open(Path::new("/dev/full"), Existing::AddedTo(b"line")).unwrap();
+        let failures = WriteFailures::default();
+        let mut file = LineFile::open(Path::new("/dev/full"), Existing::AddedTo(b"line"), failures.clone()).unwrap();
         for _ in 0..1000 {
             file.push(&[b'x'; 99]);
         }
         file.flush();
-        assert_eq!((file.lost_lines(), file.length()), (1000, 0));
+        assert_eq!((failures.count(), file.length()), (1000, 0));
+        assert!(failures.first().unwrap().contains("No space left"), "{failures:?}");
     }
 }

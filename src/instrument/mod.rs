@@ -9,6 +9,7 @@
 
 pub mod chrome;
 mod event;
+mod failures;
 pub mod jsonl;
 mod line_file;
 pub mod metrics;
@@ -28,6 +29,7 @@ pub use event::{
     Event, KvState, Lap, LayerActivations, LensLayer, ModelFacts, Outcome, Phase, Record, StageFacts, StepOutcome,
     StepSlice, TensorFacts, TokenRank,
 };
+pub use failures::WriteFailures;
 pub use stats::TensorStats;
 pub use watch::{HiddenRow, StepPhases, Tap, Watch, Watcher, lens_layers, lens_tokens};
 

@@ -8,6 +8,8 @@
 //! all of them do the same at once: [`DeviceCost::crowded`].
 
 use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::{self, Read};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -22,8 +24,7 @@ use super::transfer::{Link, LinkOptions, WireType};
 use crate::backend::{MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource, Wanted};
 use crate::device::{DeviceSpec, OpenDevice, hardware_name};
 use crate::error::{Error, Result};
-use crate::files;
-use crate::instrument::Watch;
+use crate::instrument::{Watch, WriteFailures};
 use crate::kernels::kv::KvType;
 use crate::model::config::DecoderConfig;
 use crate::model::decoder::activation_dtype;
@@ -646,25 +647,21 @@ struct CostFile {
     links: BTreeMap<String, LinkCost>,
 }
 
-/// Far above what the costs of many machines take.
-const MAX_COST_BYTES: u64 = 64 << 20;
-
 impl CostCache {
     /// Reads the costs at `path`; without one, costs live as long as the cache. With `remeasure`, what is asked for is
-    /// measured again and replaces what the file has. A file that cannot be used is told of in a warning and replaced.
+    /// measured again and replaces what the file has. An unusable file of costs is replaced, with a warning; one that holds
+    /// anything else is left alone, so nothing is saved.
     pub fn open(path: Option<&Path>, remeasure: bool) -> CostCache {
         let stored = path.and_then(|path| {
             let unusable = |reason: String| {
                 tracing::warn!("{}: {reason}; costs are measured and the file is replaced", path.display());
             };
-            let bytes = match files::read_if_there(path, MAX_COST_BYTES) {
-                Ok(bytes) => bytes?,
-                Err(error) => {
-                    tracing::warn!("{error}; costs are measured and the file is replaced");
-                    return None;
-                }
+            let text = match existing(path) {
+                Ok(text) => text?,
+                // The same keeps it from being replaced, which `save` reports.
+                Err(_) => return None,
             };
-            match serde_json::from_slice::<CostFile>(&bytes) {
+            match serde_json::from_str::<CostFile>(&text) {
                 Ok(file) if file.version != env!("CARGO_PKG_VERSION") => {
                     unusable(format!("is of version {}, this is {}", file.version, env!("CARGO_PKG_VERSION")));
                     None
@@ -695,8 +692,8 @@ impl CostCache {
     }
 
     /// Writes the file if anything was measured. A file that cannot be written costs the next plan its time and nothing
-    /// else, so it is only told of in a warning.
-    pub fn save(self) {
+    /// else, so it is no error: it is logged as a warning and counted in `failures`.
+    pub fn save(self, failures: &WriteFailures) {
         let Some(path) = self.path else { return };
         let Self { devices, crowds, links, .. } = self;
         if devices.measured.is_empty() && crowds.measured.is_empty() && links.measured.is_empty() {
@@ -705,13 +702,39 @@ impl CostCache {
         let version = env!("CARGO_PKG_VERSION").to_string();
         let file = CostFile { version, devices: devices.all(), crowds: crowds.all(), links: links.all() };
         if let Err(error) = write_atomically(&path, &file) {
+            failures.record(1, &error);
             tracing::warn!("{}: costs cannot be kept: {error}", path.display());
         }
     }
 }
 
+/// Bytes of a file of costs at most. Thousands of measurements are a megabyte.
+const MOST_BYTES: u64 = 64 << 20;
+
+/// The text of a file of costs, whole or damaged; `None` where there is none. An error is a reason not to replace what
+/// stands there: it is no regular file, or it holds something else.
+fn existing(path: &Path) -> io::Result<Option<String>> {
+    let refused = |what: &str| Err(io::Error::new(io::ErrorKind::InvalidData, what));
+    let metadata = match path.metadata() {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    if !metadata.is_file() {
+        return refused("is no regular file and is left as it is; give another name");
+    }
+    let mut text = Vec::new();
+    File::open(path)?.take(MOST_BYTES).read_to_end(&mut text)?;
+    // Cut off after this or damaged later, it still is a file of costs.
+    if !text.is_empty() && !text.starts_with(b"{\n  \"version\": \"") {
+        return refused("holds something else and is left as it is; give another name, or remove it");
+    }
+    Ok(Some(String::from_utf8_lossy(&text).into_owned()))
+}
+
 /// Writes beside the file and renames, so that a reader sees the old file or the new one.
-fn write_atomically(path: &Path, file: &CostFile) -> std::io::Result<()> {
+fn write_atomically(path: &Path, file: &CostFile) -> io::Result<()> {
+    existing(path)?;
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder)?;
     }
@@ -739,11 +762,13 @@ mod tests {
     }
 
     /// A cache at `path` that has measured one device and one link, written.
-    fn write(path: &Path) {
+    fn write(path: &Path) -> WriteFailures {
         let mut cache = CostCache::open(Some(path), false);
         cache.devices.insert("device".into(), cost());
         cache.links.insert("link".into(), LinkCost { latency: 0.5, ..LinkCost::default() });
-        cache.save();
+        let failures = WriteFailures::default();
+        cache.save(&failures);
+        failures
     }
 
     #[test]
@@ -778,7 +803,7 @@ mod tests {
         assert_eq!(cache.devices.get("device"), None);
         cache.devices.insert("device".into(), again.clone());
         assert_eq!(cache.devices.get("device"), Some(&again), "once a run is enough");
-        cache.save();
+        cache.save(&WriteFailures::default());
         let cache = CostCache::open(Some(&path), false);
         assert_eq!(cache.devices.get("device"), Some(&again));
         assert!(cache.links.get("link").is_some());
@@ -795,7 +820,7 @@ mod tests {
             ("another version", good.replace(env!("CARGO_PKG_VERSION"), "0.0.0")),
             ("negative seconds", good.replace("0.25", "-0.25")),
             ("rows that fall", good.replace("2,\n            0.5", "1,\n            0.5")),
-            ("no JSON", "seconds".to_string()),
+            ("no JSON behind the first line", "{\n  \"version\": \"seconds".to_string()),
             ("empty", String::new()),
         ] {
             assert_ne!(text, good, "{damage}");
@@ -805,8 +830,30 @@ mod tests {
             write(&path);
             assert_eq!(std::fs::read_to_string(&path).unwrap(), good, "{damage}");
         }
-        // A folder in its place can be neither read nor written: told of, and no reason to fail.
-        write(folder.path());
+    }
+
+    #[test]
+    fn what_is_no_file_of_costs_is_left_alone_and_counted() {
+        let folder = tempfile::tempdir().unwrap();
+        let letter = folder.path().join("letter");
+        std::fs::write(&letter, "Dear all").unwrap();
+        let below_a_file = letter.join("costs.json");
+        let mut places = vec![folder.path(), &letter, &below_a_file];
+        #[cfg(unix)]
+        let pipe = {
+            let pipe = folder.path().join("pipe");
+            assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+            pipe
+        };
+        #[cfg(unix)]
+        places.push(&pipe);
+        for place in places {
+            let failures = write(place);
+            assert_eq!(failures.count(), 1, "{}", place.display());
+            assert!(failures.first().is_some());
+        }
+        assert_eq!(std::fs::read_to_string(&letter).unwrap(), "Dear all");
+        assert_eq!(write(&folder.path().join("costs.json")).count(), 0);
     }
 
     #[test]

@@ -20,6 +20,7 @@ use self::transfer::LinkOptions;
 use crate::backend::StageSource;
 use crate::device::{DeviceSpec, OpenDevice, available_threads, free_memory};
 use crate::error::{Error, Result};
+use crate::instrument::WriteFailures;
 use crate::kernels::kv::KvType;
 use crate::kernels::matrix;
 use crate::kernels::simd::Isa;
@@ -57,11 +58,19 @@ pub struct MeasuredSplit {
     pub cache: Option<PathBuf>,
     /// Measure again what the file has.
     pub remeasure: bool,
+    /// Counts the times that the file could not be written. Keep a clone to look at.
+    pub cache_failures: WriteFailures,
 }
 
 impl Default for MeasuredSplit {
     fn default() -> Self {
-        MeasuredSplit { objective: Objective::Latency, sequences: 1, cache: None, remeasure: false }
+        MeasuredSplit {
+            objective: Objective::Latency,
+            sequences: 1,
+            cache: None,
+            remeasure: false,
+            cache_failures: WriteFailures::default(),
+        }
     }
 }
 
@@ -171,6 +180,9 @@ impl HeterogeneousPipeline {
         }
         if let Some(dtype) = options.dtype.filter(|dtype| !dtype.is_dense()) {
             return Err(Error::option("dtype", format!("{dtype} is not one of F32, F16, BF16")));
+        }
+        if let Some(simulated) = options.link.simulated {
+            simulated.validate()?;
         }
         let files = hub::locate(model)?;
         let (source, config) = open_model(&files)?;
@@ -321,7 +333,7 @@ impl HeterogeneousPipeline {
         }
         // The last stage's answer, the caller's wake-up, the way to the first stage.
         problem.scheduler = 3.0 * cost::hand_over(&mut cache)?;
-        cache.save();
+        cache.save(&measured.cache_failures);
         Ok(problem)
     }
 

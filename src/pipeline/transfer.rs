@@ -54,10 +54,30 @@ pub struct SimulatedLink {
 }
 
 impl SimulatedLink {
+    /// The longest latency, and the lowest bandwidth. Clocks do not reach the times of links that are slower still.
+    const MOST_LATENCY: Duration = Duration::from_secs(3600);
+    const LEAST_BANDWIDTH: f64 = 1.0;
+
     /// Time that `bytes` occupy it.
     pub fn occupied(&self, bytes: usize) -> Duration {
-        // A bandwidth of almost nothing would be more seconds than a duration holds.
         Duration::try_from_secs_f64(bytes as f64 / self.bandwidth).unwrap_or(Duration::MAX)
+    }
+
+    /// Refuses a link that is not one, or too slow to be simulated.
+    pub fn validate(&self) -> Result<()> {
+        // False for NaN too.
+        if self.bandwidth >= Self::LEAST_BANDWIDTH && self.latency <= Self::MOST_LATENCY {
+            return Ok(());
+        }
+        let (latency, bandwidth) = (self.latency.as_secs_f64() * 1e3, self.bandwidth);
+        Err(Error::option("link", format!("invalid link `{latency},{bandwidth}`: {}", Self::wanted())))
+    }
+
+    fn wanted() -> String {
+        let (most, least) = (Self::MOST_LATENCY.as_millis(), Self::LEAST_BANDWIDTH);
+        format!(
+            "expected a latency of 0 to {most} milliseconds, or that and at least {least} byte a second, as in 5,1.25e9"
+        )
     }
 }
 
@@ -71,13 +91,9 @@ impl std::str::FromStr for SimulatedLink {
             None => (text.trim().parse(), Ok(f64::INFINITY)),
         };
         let latency = latency.ok().and_then(|ms: f64| Duration::try_from_secs_f64(ms / 1e3).ok());
-        match (latency, bandwidth) {
-            (Some(latency), Ok(bandwidth)) if bandwidth > 0.0 => Ok(SimulatedLink { latency, bandwidth }),
-            _ => Err(Error::option(
-                "link",
-                format!("`{text}` is no link; write its latency in milliseconds, or that and bytes a second: 5,1.25e9"),
-            )),
-        }
+        let link = latency.zip(bandwidth.ok()).map(|(latency, bandwidth)| SimulatedLink { latency, bandwidth });
+        let link = link.filter(|link| link.validate().is_ok());
+        link.ok_or_else(|| Error::option("link", format!("invalid link `{text}`: {}", Self::wanted())))
     }
 }
 
@@ -196,13 +212,13 @@ impl Link {
 
     /// Brings a stage's output to the next stage's device. Blocks while it is copied, not while a simulated link has it.
     pub fn send(&self, activations: Tensor) -> Result<Arrival> {
-        let due = self.options.simulated.and_then(|simulated| {
+        let due = self.options.simulated.map(|simulated| {
             let size = self.options.wire_type.map_or(activations.dtype(), WireType::dtype).size_in_bytes();
             let now = Instant::now();
             let start = self.free_at.get().map_or(now, |free_at| free_at.max(now));
-            let sent = start.checked_add(simulated.occupied(activations.elem_count() * size))?;
+            let sent = later(start, simulated.occupied(activations.elem_count() * size));
             self.free_at.set(Some(sent));
-            sent.checked_add(simulated.latency)
+            later(sent, simulated.latency)
         });
         Ok(Arrival { activations: self.carry(activations)?, due })
     }
@@ -237,6 +253,12 @@ impl Link {
             _ => Ok(activations.to_device(&Device::Cpu)?),
         }
     }
+}
+
+/// An instant after `start`, at most a century after it: clocks end somewhere.
+fn later(start: Instant, time: Duration) -> Instant {
+    const CENTURY: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+    start.checked_add(time.min(CENTURY)).unwrap_or(start)
 }
 
 /// The first route that brings what is sent. One that fails is as good as one that lies.
@@ -385,13 +407,25 @@ mod tests {
     }
 
     #[test]
+    fn a_link_that_hardly_carries_anything_is_not_a_fast_one() {
+        for bandwidth in [1e-300, 0.0, f64::NAN] {
+            let slow = SimulatedLink { latency: Duration::ZERO, bandwidth };
+            let link = Link::new(&cpu(), &cpu(), LinkOptions { wire_type: None, simulated: Some(slow) }).unwrap();
+            let arrival = link.send(Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap()).unwrap();
+            assert!(arrival.due.unwrap() > Instant::now() + Duration::from_secs(1 << 30), "{bandwidth}");
+            assert!(slow.validate().unwrap_err().to_string().contains("byte a second"));
+        }
+    }
+
+    #[test]
     fn links_are_read_from_text_or_refused() {
         let link: SimulatedLink = "5".parse().unwrap();
         assert_eq!(link, SimulatedLink { latency: Duration::from_millis(5), bandwidth: f64::INFINITY });
-        for text in ["", "x", "-1", "5,0", "5,-3", "5,x", "nan", "1e300"] {
+        for text in ["", "x", "-1", "5,0", "5,-3", "5,x", "5,nan", "0,1e-300", "nan", "1e300", "1e15"] {
             let message = text.parse::<SimulatedLink>().unwrap_err().to_string();
             assert!(message.contains(&format!("`{text}`")) && message.contains("milliseconds"), "{message}");
         }
+        assert!("3600000,1".parse::<SimulatedLink>().is_ok());
         assert!("f64".parse::<WireType>().unwrap_err().to_string().contains("bf16"));
     }
 }

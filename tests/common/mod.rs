@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each binary uses a part
 
 pub mod models;
+pub mod programs;
 pub mod stages;
 
 use std::path::{Path, PathBuf};

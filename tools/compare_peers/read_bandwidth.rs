@@ -7,13 +7,19 @@
 //! cargo run --release --example read_bandwidth -- --threads 2 --model /tmp/tinyllama.gguf
 //! ```
 
+#[allow(dead_code)] // this example uses a part
+#[path = "../../examples/common/output.rs"]
+mod output;
+
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::quantized::gguf_file::Content;
-use candle_pipeline::device::cpu_read_rates;
+use candle_pipeline::device::{available_threads, cpu_read_rates};
 use candle_pipeline::internals::{Pool, tile_rate};
 use clap::Parser;
+use output::{note_line, print_line};
 
 #[derive(Parser)]
 struct Arguments {
@@ -35,10 +41,18 @@ struct Arguments {
     json: bool,
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    output::exit(run())
+}
+
+fn run() -> Result<()> {
     let arguments = Arguments::parse();
     let Arguments { threads, mebibytes, passes, .. } = arguments;
     ensure!(threads > 0 && mebibytes > 0 && passes > 0, "--threads, --mebibytes and --passes must be at least 1");
+    let cores = available_threads();
+    if threads > cores {
+        note_line(format_args!("warning: --threads {threads}: this process may use {cores} cores"));
+    }
     let bytes = mebibytes << 20;
     let pool = Pool::new(threads).with_context(|| format!("{threads} threads cannot be started"))?;
     let mut rates: Vec<f64> = cpu_read_rates(&pool, bytes, passes).into_iter().map(|rate| rate / 1e9).collect();
@@ -62,20 +76,19 @@ fn main() -> Result<()> {
             "bytes_per_token": of_models(&|work| work.bytes),
             "multiplications_per_prompt_token": of_models(&|work| work.multiplications),
         });
-        println!("{output}");
-        return Ok(());
+        return Ok(print_line(output)?);
     }
-    println!("{threads} threads read {median:.1} GB/s (median of {passes} passes, best {best:.1})");
+    print_line(format_args!("{threads} threads read {median:.1} GB/s (median of {passes} passes, best {best:.1})"))?;
     if let Some(tiles) = tiles {
-        println!("their AMX tiles do {tiles:.0} G multiplications of BF16 a second");
+        print_line(format_args!("their AMX tiles do {tiles:.0} G multiplications of BF16 a second"))?;
     }
     for (path, Work { bytes, multiplications }) in arguments.model.iter().zip(work) {
         let bound = median * 1e9 / bytes as f64;
-        print!("{}: {:.0} MB a token, at most {bound:.1} tokens/s", path.display(), bytes as f64 / 1e6);
-        match tiles.map(|tiles| tiles * 1e9 / multiplications as f64) {
-            Some(bound) => println!("; with AMX {bound:.0} of a prompt"),
-            None => println!(),
+        let mut line = format!("{}: {:.0} MB a token, at most {bound:.1} tokens/s", path.display(), bytes as f64 / 1e6);
+        if let Some(bound) = tiles.map(|tiles| tiles * 1e9 / multiplications as f64) {
+            line += &format!("; with AMX {bound:.0} of a prompt");
         }
+        print_line(line)?;
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! Random data, references in f64, and comparisons, for all kernel tests.
 #![cfg(any(not(target_os = "macos"), feature = "metal"))]
 #![allow(dead_code)] // each test file uses its part
+#![allow(clippy::print_stderr)] // shown with --nocapture
 
 pub mod attention;
 pub mod kv;

@@ -258,12 +258,18 @@ impl Scheduler {
     }
 
     fn fail_all(&mut self, error: &Error) {
+        // A step whose requests were all cancelled has not failed, whatever ends it.
+        let outcome = |step: &Step| match step.cancelled.load(Ordering::Relaxed) {
+            true => StepOutcome::Unwanted,
+            false => StepOutcome::Failed,
+        };
+        let ended: Vec<_> = self.steps.drain().map(|(number, step)| (number, outcome(&step))).collect();
         for (_, sequence) in std::mem::take(&mut self.active) {
             self.emit_finished(&sequence, Outcome::Error(error.kind()));
             let _ = sequence.request.events.send(Err(error.clone()));
         }
-        for (step, _) in std::mem::take(&mut self.steps) {
-            self.probe.emit(|| Event::StepFinished { step, outcome: StepOutcome::Failed });
+        for (step, outcome) in ended {
+            self.probe.emit(|| Event::StepFinished { step, outcome });
         }
         let waiting = std::mem::take(&mut self.waiting);
         self.refuse(waiting, error);

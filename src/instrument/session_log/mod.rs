@@ -36,7 +36,7 @@ use line::{Account, Body, Step, tensors_of};
 
 use super::line_file::{Existing, LineFile};
 use super::queue::Sink;
-use super::{Event, Interest, Lap, LayerActivations, ModelFacts, Outcome, Record, StepSlice, micros};
+use super::{Event, Interest, Lap, LayerActivations, ModelFacts, Outcome, Record, StepSlice, WriteFailures, micros};
 use crate::error::{Error, Result};
 
 /// How often a detailed log has the layers of a step of each stage. All of them would cost more than the rest.
@@ -138,11 +138,9 @@ impl SessionLogOptions {
 pub struct SessionLog {
     options: SessionLogOptions,
     file: LineFile,
-    /// Lines lost to files before this one.
-    lost_before: u64,
-    /// How many lost lines the log says, and how many that wanted to say so were lost themselves.
+    failures: WriteFailures,
+    /// Lost lines that the log reports.
     lost_told: u64,
-    lost_telling: u64,
     /// Set when a new file could not be begun: the old one grows on.
     stuck: bool,
     clock: Clock,
@@ -233,28 +231,19 @@ impl SessionLog {
     /// Opens the file, which shows here whether it can be written.
     pub fn open(options: SessionLogOptions) -> Result<SessionLog> {
         options.validate()?;
-        let file = LineFile::open(&options.path, Existing::AddedTo(FIRST_LINE))?;
+        let failures = WriteFailures::default();
+        let file = LineFile::open(&options.path, Existing::AddedTo(FIRST_LINE), failures.clone())?;
         if options.max_bytes.is_some() && !options.path.is_file() {
             return Err(Error::file(&options.path, "is no regular file, so `max_bytes` cannot be kept; leave it out"));
         }
         let clock = Clock::new();
         let line = Vec::with_capacity(1024);
-        Ok(SessionLog {
-            options,
-            file,
-            lost_before: 0,
-            lost_told: 0,
-            lost_telling: 0,
-            stuck: false,
-            clock,
-            session: None,
-            line,
-        })
+        Ok(SessionLog { options, file, failures, lost_told: 0, stuck: false, clock, session: None, line })
     }
 
-    /// Lines that could not be written.
-    pub fn lost_lines(&self) -> u64 {
-        self.lost_before + self.file.lost_lines() - self.lost_telling
+    /// Lines that could not be written, those that dropping the log writes among them.
+    pub fn failures(&self) -> WriteFailures {
+        self.failures.clone()
     }
 
     fn has(&self, level: SessionLogLevel) -> bool {
@@ -328,9 +317,8 @@ impl SessionLog {
 
     fn begin_file(&mut self, at: Instant) {
         self.file.flush();
-        match shift(&self.options.path, self.options.keep) {
+        match shift(&self.options.path, self.options.keep, &self.failures) {
             Ok(file) => {
-                self.lost_before += self.file.lost_lines();
                 self.file = file;
                 self.head(at);
             }
@@ -491,7 +479,7 @@ fn part<'a>(
 const FIRST_LINE: &[u8] = br#"{"event":"session_start","#;
 
 /// Renames the files, each to the next number, and begins a new one.
-fn shift(path: &Path, keep: usize) -> Result<LineFile> {
+fn shift(path: &Path, keep: usize, failures: &WriteFailures) -> Result<LineFile> {
     let numbered = |n: usize| match n {
         0 => path.to_path_buf(),
         n => {
@@ -510,7 +498,7 @@ fn shift(path: &Path, keep: usize) -> Result<LineFile> {
     if keep == 1 {
         std::fs::remove_file(path).map_err(|e| Error::file(path, format!("cannot be removed: {e}")))?;
     }
-    LineFile::open(path, Existing::AddedTo(FIRST_LINE))
+    LineFile::open(path, Existing::AddedTo(FIRST_LINE), failures.clone())
 }
 
 /// Cuts a text where JSON needs at most `most` bytes for a piece.
@@ -597,13 +585,14 @@ impl Sink for SessionLog {
 
     fn idle(&mut self) {
         self.file.flush();
-        let lost = self.lost_lines();
+        let lost = self.failures.count();
         if lost > self.lost_told {
             self.put(Instant::now(), &Body::Dropped { reason: "write_failed", count: lost - self.lost_told });
             self.file.flush();
-            match self.lost_lines() - lost {
+            // A lost line that was to report lost lines does not count itself.
+            match self.failures.count() - lost {
                 0 => self.lost_told = lost,
-                telling => self.lost_telling += telling,
+                telling => self.failures.discount(telling),
             }
         }
     }
@@ -694,7 +683,7 @@ mod tests {
             record(Event::RequestFinished { request, tokens: 3, outcome: Outcome::Length });
         }
         (0..5).for_each(|_| log.idle());
-        assert_eq!(log.lost_lines(), 101, "with the first line, without those that tell of the loss");
+        assert_eq!(log.failures().count(), 101, "with the first line, without those that tell of the loss");
         let mut options = SessionLogOptions::new("/dev/full");
         options.max_bytes = Some(1 << 20);
         assert!(SessionLog::open(options).err().unwrap().to_string().contains("no regular file"));
