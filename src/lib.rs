@@ -50,8 +50,8 @@ pub use executor::{
 pub use kernels::kv::KvType;
 pub use kernels::simd::Isa;
 pub use metal_ext::{ColumnsPerThreadgroup, MetalExtOptions, SoftmaxBackend};
+pub use pipeline::link::{LinkOptions, SimulatedLink, WireType};
 pub use pipeline::plan::{Objective, Plan};
-pub use pipeline::transfer::{LinkOptions, SimulatedLink, WireType};
 pub use pipeline::{HeterogeneousPipeline, MeasuredSplit, PipelineOptions, Split, StagePlan};
 
 /// The small trained model that comes with the sources, so that everything runs without a download: stories in simple

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
 use candle_pipeline::backend::{
-    MicroBatch, Prediction, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource, Wanted,
+    MicroBatch, Prediction, SequenceId, SequenceSlice, StageBackend, StageOptions, StageOutput, StageSource, Wanted,
 };
 use candle_pipeline::instrument::Watch;
 use candle_pipeline::{DEMO_MODEL, DeviceSpec, MetalExtOptions};
@@ -21,8 +21,8 @@ const GPU: DeviceSpec = DeviceSpec::Metal(0);
 /// The whole demo model on the GPU, decoding with the fused kernels or with candle's.
 fn on_gpu(file: &str, fused: bool) -> Box<dyn StageBackend> {
     let source = source_of(GPU, file);
-    let metal = MetalExtOptions { fused, ..source.metal };
-    StageSource { metal, ..source }.load(&|_| {}).unwrap()
+    let metal = MetalExtOptions { fused, ..source.options.metal };
+    StageSource { options: StageOptions { metal, ..source.options }, ..source }.load(&|_| {}).unwrap()
 }
 
 /// The same on the CPU, with inputs that are not rounded.

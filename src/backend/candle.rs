@@ -25,7 +25,7 @@ impl CandleBackend {
             source.layers.clone(),
             &source.device,
             source.ropes.clone(),
-            DecoderOptions { dense_type: source.dense_type, metal: source.metal },
+            DecoderOptions { dense_type: source.options.dense_type, metal: source.options.metal },
             progress,
         )?;
         Ok(CandleBackend { decoder, sequences: HashMap::new() })

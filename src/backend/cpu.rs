@@ -117,7 +117,7 @@ impl Build for Cpu {
 impl CpuBackend {
     /// Loads a stage tensor by tensor; `progress` hears of bytes as they arrive.
     pub fn load(source: &StageSource, cpu: &Cpu, progress: &dyn Fn(u64)) -> Result<Self> {
-        let StageSource { config, layers, ropes, dense_type, kv_type, bf16_prompts, .. } = source;
+        let StageSource { config, layers, ropes, options, .. } = source;
         if config.head_dim > MOST_DIMS {
             return Err(Error::Unsupported {
                 what: "head_dim",
@@ -125,13 +125,13 @@ impl CpuBackend {
                 hint: format!("CPU stages take heads of up to {MOST_DIMS} values"),
             });
         }
-        let weights = StageWeights::load(&*source.weights, config, layers.clone(), *dense_type, cpu, progress)?;
+        let weights = StageWeights::load(&*source.weights, config, layers.clone(), options.dense_type, cpu, progress)?;
         let stage = Stage {
             config: config.clone(),
             cpu: cpu.clone(),
             ropes: ropes.clone(),
-            kv_type: *kv_type,
-            bf16_prompts: *bf16_prompts,
+            kv_type: options.kv_type,
+            bf16_prompts: options.bf16_prompts,
             first: layers.start,
         };
         Ok(CpuBackend { weights, stage, sequences: HashMap::new(), buffers: Buffers::default() })

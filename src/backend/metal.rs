@@ -49,7 +49,7 @@ impl MetalBackend {
     /// Loads a stage tensor by tensor; `progress` hears of bytes as they arrive.
     pub fn load(source: &StageSource, progress: &dyn Fn(u64)) -> Result<Self> {
         let candle = CandleBackend::load(source, progress)?;
-        let fused = match source.metal.fused {
+        let fused = match source.options.metal.fused {
             false => None,
             true => match Fused::new(source, &candle)? {
                 Ok(fused) => Some(fused),
@@ -68,7 +68,7 @@ impl Fused {
     /// The stage in the fused step's terms; the inner error says what it does not cover.
     fn new(source: &StageSource, candle: &CandleBackend) -> Result<metal_ext::Result<Fused>> {
         let device = &source.device.device;
-        let Some(kernels) = Kernels::of(device, source.metal) else {
+        let Some(kernels) = Kernels::of(device, source.options.metal) else {
             return Ok(Err(metal_ext::Error::unsupported("fused decode", "the device is not on Metal")));
         };
         let buffers = TensorBuffers { device, kept: RefCell::default() };
@@ -93,7 +93,7 @@ impl Fused {
             partials: zeros(bytes.partials)?,
             logits: zeros(bytes.logits)?,
         };
-        let options = source.metal;
+        let options = source.options.metal;
         let kept = buffers.kept.into_inner();
         let fused = Fused { stage, scratch, kernels, options, candidates, most_candidates, _kept: kept };
         fused.compile()?;

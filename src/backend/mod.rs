@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use metal_ext::MetalExtOptions;
+use serde::{Deserialize, Serialize};
 
 use crate::device::OpenDevice;
 use crate::error::{Error, Result};
@@ -39,7 +40,14 @@ pub struct StageSource {
     pub device: OpenDevice,
     /// The device's rotary tables.
     pub ropes: Arc<Ropes>,
-    /// F32, F16 and BF16 matrices become this type; `None` leaves them as stored.
+    /// How weights and KV are held and what computes with them.
+    pub options: StageOptions,
+}
+
+/// How a stage holds weights and KV and computes with them, whatever its layers and its device are.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct StageOptions {
+    /// Type that F32, F16 and BF16 matrices are held in; `None` leaves them as stored.
     pub dense_type: Option<WeightType>,
     /// Type of keys and values on a CPU.
     pub kv_type: KvType,
@@ -62,11 +70,11 @@ impl StageSource {
 }
 
 /// Names a sequence in every stage. Never used twice within an executor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct SequenceId(pub u64);
 
 /// A run of consecutive positions of one sequence.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SequenceSlice {
     /// The sequence.
     pub id: SequenceId,
@@ -85,7 +93,7 @@ pub struct SequenceSlice {
 }
 
 /// What the last stage is to say of a row.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Wanted {
     /// Nothing: more of the prompt follows.
     Nothing,
@@ -103,7 +111,7 @@ impl SequenceSlice {
 }
 
 /// Rows of one or more sequences that pass through the stages together.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct MicroBatch {
     /// The runs, in the order of the rows: decode steps before those of prompts.
     pub slices: Vec<SequenceSlice>,
@@ -135,7 +143,7 @@ pub enum StageOutput {
 }
 
 /// What the last stage says of a row.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Prediction {
     /// `vocab_size` values.
     Logits(Vec<f32>),

@@ -28,8 +28,8 @@ mod sequence;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvError, RecvTimeoutError, SyncSender};
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvError, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use self::batch::{Composition, TokenBudget, compose, decode_rows};
@@ -40,7 +40,9 @@ use super::options::FinishReason;
 use crate::backend::{MicroBatch, Prediction, SequenceId, SequenceSlice, Wanted};
 use crate::error::Error;
 use crate::instrument::{Event, KvState, Outcome, Probe, StepOutcome, StepSlice};
-use crate::pipeline::worker::{StageMessage, StageReply, StepTimes, panic_message};
+use crate::pipeline::inbox::Outlet;
+use crate::pipeline::message::{CancelledSteps, StageMessage, StageReply, StepTimes};
+use crate::pipeline::worker::panic_message;
 
 /// What the scheduler hears.
 pub enum Message {
@@ -103,8 +105,16 @@ struct Step {
     slices: Vec<SequenceSlice>,
     decode_rows: usize,
     prefill_rows: usize,
-    /// Tells the stages to pass it by.
-    cancelled: Arc<AtomicBool>,
+}
+
+/// How the scheduler is reached and how it reaches the stages.
+pub struct Ways {
+    /// Messages to the scheduler.
+    pub inbox: Receiver<Message>,
+    /// The way into the first stage. Dropping it ends the stages one after the other.
+    pub first_stage: Outlet,
+    /// Steps that the stages are to skip.
+    pub cancelled: Arc<CancelledSteps>,
 }
 
 /// An admitted request whose beginning another one is computing.
@@ -115,11 +125,10 @@ struct Follower {
     len: usize,
 }
 
-/// The scheduler's state. It owns the way into the first stage; dropping it ends the stages one after the other.
+/// The scheduler's state.
 pub struct Scheduler {
     limits: Limits,
-    inbox: Receiver<Message>,
-    first_stage: SyncSender<StageMessage>,
+    ways: Ways,
     probe: Probe,
     waiting: VecDeque<Request>,
     active: BTreeMap<SequenceId, Sequence>,
@@ -157,8 +166,7 @@ impl Scheduler {
     /// A scheduler with nothing to do. `failed` is set when a stage dies, for the handles to see.
     pub fn new(
         limits: Limits,
-        inbox: Receiver<Message>,
-        first_stage: SyncSender<StageMessage>,
+        ways: Ways,
         probe: Probe,
         prefix_counters: Arc<PrefixCounters>,
         failed: Arc<std::sync::OnceLock<Error>>,
@@ -167,8 +175,7 @@ impl Scheduler {
             budget: TokenBudget::new(limits.prefill_chunk, limits.token_budget, limits.rows_at_a_time),
             prefixes: PrefixCache::new(limits.prefix_cache),
             limits,
-            inbox,
-            first_stage,
+            ways,
             probe,
             waiting: VecDeque::new(),
             active: BTreeMap::new(),
@@ -205,7 +212,7 @@ impl Scheduler {
         }
         self.fail_all(&error);
         // Requests that arrived too late to be heard end as well, with the same cause.
-        for message in self.inbox.try_iter() {
+        for message in self.ways.inbox.try_iter() {
             if let Message::Submit(requests) = message {
                 self.refuse(requests, &error);
             }
@@ -232,7 +239,7 @@ impl Scheduler {
             return false;
         }
         // What has arrived in the meantime is heard before the next micro-batch is composed.
-        while let Ok(message) = self.inbox.try_recv() {
+        while let Ok(message) = self.ways.inbox.try_recv() {
             if !self.handle(message) {
                 return false;
             }
@@ -246,12 +253,20 @@ impl Scheduler {
 
     /// Waits for a message, or with `None` for the next deadline.
     fn next_message(&self) -> std::result::Result<Option<Message>, RecvError> {
-        let Some((deadline, _)) = self.deadlines.first() else { return self.inbox.recv().map(Some) };
-        match self.inbox.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+        let Some((deadline, _)) = self.deadlines.first() else { return self.ways.inbox.recv().map(Some) };
+        match self.ways.inbox.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             Ok(message) => Ok(Some(message)),
             Err(RecvTimeoutError::Timeout) => Ok(None),
             Err(RecvTimeoutError::Disconnected) => Err(RecvError),
         }
+    }
+
+    /// Nothing can be computed any more.
+    fn die(&mut self, error: Error) {
+        // The first death is the cause; others follow from it.
+        let error = self.dead.get_or_insert(error).clone();
+        let _ = self.failed.set(error.clone());
+        self.fail_all(&error);
     }
 
     fn fail_all(&mut self, error: &Error) {
@@ -299,18 +314,18 @@ impl Scheduler {
             Message::Stage(StageReply::Closed { id }) => {
                 self.kv_used -= self.closing.remove(&id).unwrap_or(0);
             }
-            Message::Stage(StageReply::OpenFailed { id, error }) => self.fail(id, error),
-            Message::Stage(StageReply::StepFailed { step, error }) => {
+            Message::Stage(StageReply::OpenFailed { id, failure }) => self.fail(id, failure.into_failed()),
+            Message::Stage(StageReply::StepFailed { step, failure }) => {
+                let error = failure.into_failed();
+                self.ways.cancelled.forget(step);
                 if let Some(failed) = self.steps.remove(&step) {
                     failed.slices.iter().for_each(|slice| self.fail(slice.id, error.clone()));
                     self.probe.emit(|| Event::StepFinished { step, outcome: StepOutcome::Failed });
                 }
             }
-            Message::Stage(StageReply::Died { error }) => {
-                // The first death is the cause; others follow from it.
-                let error = self.dead.get_or_insert(error).clone();
-                let _ = self.failed.set(error.clone());
-                self.fail_all(&error);
+            Message::Stage(StageReply::Died { failure }) => {
+                let error = failure.into_panicked();
+                self.die(error);
             }
         }
         true
@@ -318,6 +333,7 @@ impl Scheduler {
 
     /// A step has left the stages. Some of its sequences may have ended in the meantime.
     fn landed(&mut self, number: u64, predictions: Vec<(SequenceId, Prediction)>, slowest: Duration) {
+        self.ways.cancelled.forget(number);
         let Some(step) = self.steps.remove(&number) else { return };
         let mut predictions: HashMap<SequenceId, Prediction> = predictions.into_iter().collect();
         let mut wanted = false;
@@ -561,25 +577,30 @@ impl Scheduler {
         }
         let step = self.next_step;
         self.next_step += 1;
-        let cancelled = Arc::<AtomicBool>::default();
         let in_flight = Step {
             slices: batch.slices.clone(),
             decode_rows: composition.decodes,
             prefill_rows: composition.chunks.iter().sum(),
-            cancelled: cancelled.clone(),
         };
         self.steps.insert(step, in_flight);
-        let times = StepTimes::sent_now(self.work_since);
+        let sent = Instant::now();
+        let times = StepTimes::new(sent.saturating_duration_since(self.work_since));
         // Empty where the probe was resumed just now.
         if !told.is_empty() {
-            self.probe.emit_at(times.sent, || Event::StepSent { step, slices: told });
+            self.probe.emit_at(sent, || Event::StepSent { step, slices: told });
         }
-        self.send(StageMessage::Step { step, batch, input: None, cancelled, times, hidden: Vec::new() });
+        self.send_at(StageMessage::Step { step, batch, times, hidden: Vec::new() }, sent);
     }
 
-    fn send(&self, message: StageMessage) {
-        // The first stage is gone only when it has died, and then its own message says so.
-        let _ = self.first_stage.send(message);
+    fn send(&mut self, message: StageMessage) {
+        self.send_at(message, Instant::now());
+    }
+
+    fn send_at(&mut self, message: StageMessage, sent: Instant) {
+        // Without activations nothing of it can fail but the encoding, and only where messages are bytes.
+        if let Err(error) = self.ways.first_stage.send(message, None, sent) {
+            self.die(error);
+        }
     }
 
     /// Chooses a sequence's next token and tells its caller; ends it or makes it ready for the next step.
@@ -627,9 +648,9 @@ impl Scheduler {
         self.prefills.retain(|ready| *ready != id);
         self.followers.retain(|follower| follower.id != id);
         self.forget_deadline(&sequence.request);
-        for step in self.steps.values() {
+        for (number, step) in &self.steps {
             if step.slices.iter().all(|slice| !self.active.contains_key(&slice.id)) {
-                step.cancelled.store(true, Ordering::Relaxed);
+                self.ways.cancelled.cancel(*number);
             }
         }
         Some(sequence)
@@ -694,9 +715,10 @@ impl Scheduler {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc::{channel, sync_channel};
+    use std::sync::mpsc::channel;
 
     use super::*;
+    use crate::pipeline::inbox::inbox;
 
     /// Memory that is seen to be freed must not be said to be kept any more.
     #[test]
@@ -717,10 +739,10 @@ mod tests {
             own_rotations_from: None,
         };
         // Without room: the scheduler goes on when the stage has taken a message.
-        let (first_stage, stage) = sync_channel(0);
+        let (first_stage, stage) = inbox(0, None, false);
         let counters = Arc::<PrefixCounters>::default();
-        let mut scheduler =
-            Scheduler::new(limits, channel().1, first_stage, Probe::default(), counters.clone(), Arc::default());
+        let ways = Ways { inbox: channel().1, first_stage, cancelled: Arc::default() };
+        let mut scheduler = Scheduler::new(limits, ways, Probe::default(), counters.clone(), Arc::default());
         for id in 1..=2 {
             let tokens = (id as u32 * 50..).take(30).collect();
             scheduler.prefixes.insert(Retained {
@@ -735,7 +757,8 @@ mod tests {
         assert_eq!(kept(), 80);
         let clearing = std::thread::spawn(move || scheduler.handle(Message::ClearPrefixes));
         for id in 1..=2 {
-            assert!(matches!(stage.recv(), Ok(StageMessage::Close { id: SequenceId(closed) }) if closed == id));
+            let message = stage.recv().unwrap().open().unwrap().message;
+            assert_eq!(message, StageMessage::Close { id: SequenceId(id) });
             assert_eq!(kept(), 0);
         }
         assert!(clearing.join().unwrap());
