@@ -140,7 +140,7 @@ fn rows_of_several_sequences_in_one_micro_batch_are_those_of_each_alone() {
         len,
         length: position + len,
         decode: position > 0,
-        wanted: Wanted::Logits,
+        wanted: Wanted::Logits { rows: 1 },
     };
     for id in 0..4 {
         backend.open(SequenceId(id), 64).unwrap();

@@ -72,7 +72,7 @@ impl CandleBackend {
                 position: slice.position,
                 len: slice.len,
                 length: slice.length,
-                logits: slice.is_predicted(),
+                predicted: slice.wanted.rows(),
             })
             .collect();
         let input = match input {
@@ -104,6 +104,13 @@ impl StageBackend for CandleBackend {
         }
         self.sequences.insert(to, kv);
         Ok(())
+    }
+
+    fn truncate(&mut self, id: SequenceId, _: usize) -> Result<()> {
+        match self.sequences.contains_key(&id) {
+            true => Ok(()),
+            false => Err(Error::Tensors(format!("sequence {} is not open in this stage", id.0))),
+        }
     }
 
     fn close(&mut self, id: SequenceId) {

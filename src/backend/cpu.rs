@@ -5,15 +5,18 @@
 //! row has the same bits whatever else is in the step, see [`kernels`](crate::kernels).
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::{Device, Tensor};
 
-use super::{MicroBatch, SequenceId, SequenceSlice, StageBackend, StageBytes, StageOutput, StageSource};
+use super::{
+    MicroBatch, Prediction, SequenceId, SequenceSlice, StageBackend, StageBytes, StageOutput, StageSource, Wanted,
+};
 use crate::device::Cpu;
 use crate::error::{Error, Result};
 use crate::instrument::{AttentionFilter, HiddenRow, Phase, Tap, Watch};
 use crate::kernels::attention::{AttentionRows, AttentionShape, attend};
+use crate::kernels::best;
 use crate::kernels::buffer::Values;
 use crate::kernels::input::Input;
 use crate::kernels::kv::{KvType, LayerKv, MOST_DIMS, Strided};
@@ -25,6 +28,9 @@ use crate::model::linear::{check_token, pack};
 use crate::model::rope::{RopeCache, Ropes};
 use crate::model::stage_weights::{Build, HeadWeights, LayerWeights, Linear, StageWeights};
 use crate::weights::{TensorBytes, WeightType};
+
+/// Rows that go through the head together; more take turns, so that the logits of a prompt's rows do not fill the memory.
+const MOST_HEAD_ROWS: usize = 128;
 
 /// A run of decoder layers on a CPU, and the keys and values of the sequences that are open in it.
 pub struct CpuBackend {
@@ -72,16 +78,17 @@ struct Buffers {
     gate: Values,   // (rows, intermediate_size)
     up: Values,     // (rows, intermediate_size)
     branch: Values, // (rows, hidden_size), what is added to x
+    logits: Values, // (rows of the head, vocab_size)
     global: Angles,
     local: Angles,
 }
 
 impl Buffers {
     fn bytes(&self) -> u64 {
-        let Buffers { x, input, q, k, v, gate, up, branch, global, local, bf16_rows: _ } = self;
+        let Buffers { x, input, q, k, v, gate, up, branch, logits, global, local, bf16_rows: _ } = self;
         let angles = [&global.cos, &global.sin, &local.cos, &local.sin];
         let values: usize = [x].into_iter().chain(angles).map(Vec::capacity).sum();
-        let products: u64 = [q, k, v, gate, up, branch].into_iter().map(Values::bytes).sum();
+        let products: u64 = [q, k, v, gate, up, branch, logits].into_iter().map(Values::bytes).sum();
         (values * size_of::<f32>()) as u64 + products + input.bytes()
     }
 }
@@ -183,8 +190,7 @@ impl CpuBackend {
                 watch.layer_output(stage.first + index, &buffers.x[..rows * hidden]);
             }
             if watch.wants_hidden() {
-                for (slice, row) in rows_with_logits(batch) {
-                    let position = slice.position + slice.len - 1;
+                for (slice, row, position) in batch.predicted_rows() {
                     watch.hidden(slice.id.0, position, stage.first + index, &buffers.x[row * hidden..][..hidden]);
                 }
             }
@@ -196,9 +202,9 @@ impl CpuBackend {
                 &Device::Cpu,
             )?)),
             Some(head) => {
-                let logits = stage.logits(head, batch, buffers);
+                let predictions = stage.predictions(head, batch, buffers);
                 watch.lap(None, Phase::Output);
-                Ok(StageOutput::Logits(logits))
+                Ok(predictions.into())
             }
         }
     }
@@ -385,16 +391,36 @@ impl Stage {
         watch.lap(number, Phase::MlpOutput);
     }
 
-    /// Logits of the slices that want them, in order.
-    fn logits(&self, head: &HeadWeights<Cpu>, batch: &MicroBatch, buffers: &mut Buffers) -> Vec<Vec<f32>> {
+    /// What is wanted of the rows of which anything is, in order. The most likely tokens are looked for where the logits
+    /// are, row by row on the pool's threads, so that only those are copied.
+    fn predictions(&self, head: &HeadWeights<Cpu>, batch: &MicroBatch, buffers: &mut Buffers) -> Vec<Prediction> {
         let hidden = self.config.hidden_size;
-        let Buffers { x, input, .. } = buffers;
-        let wanted: Vec<&[f32]> = rows_with_logits(batch).map(|(_, row)| &x[row * hidden..][..hidden]).collect();
-        self.head(head, &wanted, input)
+        let Buffers { x, input, logits, .. } = buffers;
+        let wanted: Vec<(Wanted, &[f32])> =
+            batch.predicted_rows().map(|(slice, row, _)| (slice.wanted, &x[row * hidden..][..hidden])).collect();
+        let mut predictions = Vec::with_capacity(wanted.len());
+        for wanted in wanted.chunks(MOST_HEAD_ROWS) {
+            let rows: Vec<&[f32]> = wanted.iter().map(|(_, row)| *row).collect();
+            predictions.extend(self.head(head, &rows, input, logits, |row, logits| {
+                let best = match wanted[row].0 {
+                    Wanted::Best { k, .. } => best::most_likely(logits, k),
+                    Wanted::Nothing | Wanted::Logits { .. } => None,
+                };
+                best.map_or_else(|| Prediction::Logits(logits.to_vec()), Prediction::Best)
+            }));
+        }
+        predictions
     }
 
-    /// Final norm and head on rows of (hidden_size): (vocab_size) each.
-    fn head(&self, head: &HeadWeights<Cpu>, rows: &[&[f32]], input: &mut Input) -> Vec<Vec<f32>> {
+    /// Final norm and head on rows of (hidden_size), and what `finish` makes of the (vocab_size) logits of each.
+    fn head<T: Send + Sync>(
+        &self,
+        head: &HeadWeights<Cpu>,
+        rows: &[&[f32]],
+        input: &mut Input,
+        logits: &mut Values,
+        finish: impl Fn(usize, &[f32]) -> T + Sync,
+    ) -> Vec<T> {
         let (config, Cpu { pool, isa }) = (&*self.config, &self.cpu);
         if rows.is_empty() {
             return Vec::new();
@@ -404,17 +430,19 @@ impl Stage {
         for (row, normed) in rows.iter().zip(normed.chunks_exact_mut(config.hidden_size)) {
             ops::rms_norm(*isa, row, &head.norm, config.rms_norm_eps as f32, normed);
         }
-        let mut logits = vec![0f32; rows.len() * config.vocab_size];
-        self.project(input, [(&head.projection, &mut logits)]);
-        each_row(pool, [RowsMut::new(&mut logits, config.vocab_size)], |_, [logits]| {
+        let logits = logits.room(rows.len() * config.vocab_size);
+        self.project(input, [(&head.projection, &mut *logits)]);
+        let finished: Vec<OnceLock<T>> = rows.iter().map(|_| OnceLock::new()).collect();
+        each_row(pool, [RowsMut::new(logits, config.vocab_size)], |row, [logits]| {
             if config.logits_scaling != 1.0 {
                 ops::scale(*isa, logits, (1.0 / config.logits_scaling) as f32);
             }
             if let Some(cap) = config.final_logit_softcapping {
                 ops::soft_cap(*isa, logits, cap as f32);
             }
+            let _ = finished[row].set(finish(row, logits)); // each row is given out once
         });
-        logits.chunks_exact(config.vocab_size).map(<[f32]>::to_vec).collect()
+        finished.into_iter().filter_map(OnceLock::into_inner).collect()
     }
 
     /// The norm of `x` as the next products' input; x itself where the model has no norm.
@@ -484,15 +512,6 @@ impl Angles {
     }
 }
 
-/// The slices whose logits are wanted, and their last rows.
-fn rows_with_logits(batch: &MicroBatch) -> impl Iterator<Item = (&SequenceSlice, usize)> {
-    let ends = batch.slices.iter().scan(0, |end, slice| {
-        *end += slice.len;
-        Some((slice, *end - 1))
-    });
-    ends.filter(|(slice, _)| slice.is_predicted())
-}
-
 /// Rows `start..start + len` of rows of `width` values.
 fn rows_of(values: &[f32], width: usize, start: usize, len: usize) -> Strided<'_> {
     Strided { values: &values[start * width..(start + len) * width], stride: width }
@@ -529,6 +548,13 @@ impl StageBackend for CpuBackend {
         Ok(())
     }
 
+    fn truncate(&mut self, id: SequenceId, _: usize) -> Result<()> {
+        match self.sequences.contains_key(&id) {
+            true => Ok(()),
+            false => Err(Error::Tensors(format!("sequence {} is not open in this stage", id.0))),
+        }
+    }
+
     fn close(&mut self, id: SequenceId) {
         self.sequences.remove(&id);
     }
@@ -557,7 +583,8 @@ impl StageBackend for CpuBackend {
     fn lens(&mut self, rows: &[HiddenRow]) -> Result<Vec<Vec<f32>>> {
         let Some(head) = &self.weights.head else { return Err(Error::Tensors("this stage has no head".into())) };
         let rows: Vec<&[f32]> = rows.iter().map(|row| &row.values[..]).collect();
-        Ok(self.stage.head(head, &rows, &mut self.buffers.input))
+        let Buffers { input, logits, .. } = &mut self.buffers;
+        Ok(self.stage.head(head, &rows, input, logits, |_, logits| logits.to_vec()))
     }
 
     fn bytes(&self) -> StageBytes {

@@ -239,8 +239,8 @@ impl Fused {
     /// How many of the most likely tokens are enough for a row, if they can be looked for.
     fn enough(&self, batch: &MicroBatch, row: usize) -> Option<usize> {
         match batch.slices[row].wanted {
-            Wanted::Best(k) => (1..=self.most_candidates).contains(&k).then_some(k),
-            Wanted::Nothing | Wanted::Logits => None,
+            Wanted::Best { k, .. } => (1..=self.most_candidates).contains(&k).then_some(k),
+            Wanted::Nothing | Wanted::Logits { .. } => None,
         }
     }
 }
@@ -300,6 +300,10 @@ impl StageBackend for MetalBackend {
 
     fn fork(&mut self, from: SequenceId, to: SequenceId, len: usize, capacity: usize) -> Result<()> {
         self.candle.fork(from, to, len, capacity)
+    }
+
+    fn truncate(&mut self, id: SequenceId, length: usize) -> Result<()> {
+        self.candle.truncate(id, length)
     }
 
     fn close(&mut self, id: SequenceId) {

@@ -31,8 +31,8 @@ pub struct Rows<'a> {
     pub len: usize,
     /// Length of the sequence as far as it is known, for rotary embeddings that depend on it.
     pub length: usize,
-    /// Whether the logits of the last row are wanted.
-    pub logits: bool,
+    /// Number of rows, the last ones, whose logits are wanted.
+    pub predicted: usize,
 }
 
 /// Weight bytes as a plan needs them: what each part takes on a device.
@@ -115,7 +115,7 @@ pub struct DecoderOptions {
 pub enum Output {
     /// For the next stage: (rows, hidden_size).
     Activations(Tensor),
-    /// Of each sequence that asked, in order: (sequences that asked, vocab_size), f32. `None` when none did.
+    /// Of each row that asked, in order: (rows that asked, vocab_size), f32. `None` when none did.
     Logits(Option<Tensor>),
 }
 
@@ -220,9 +220,9 @@ impl Decoder {
                 let mut end = 0;
                 for rows in sequences.iter() {
                     end += rows.len;
-                    if rows.logits {
-                        let values = to_host(&x.narrow(0, end - 1, 1)?)?;
-                        watch.hidden(rows.sequence, rows.position + rows.len - 1, self.first + index, &values);
+                    for back in (1..=rows.predicted).rev() {
+                        let values = to_host(&x.narrow(0, end - back, 1)?)?;
+                        watch.hidden(rows.sequence, rows.position + rows.len - back, self.first + index, &values);
                     }
                 }
             }
@@ -232,8 +232,8 @@ impl Decoder {
         let mut end = 0;
         for rows in sequences.iter() {
             end += rows.len;
-            if rows.logits {
-                wanted.push(x.narrow(0, end - 1, 1)?);
+            if rows.predicted > 0 {
+                wanted.push(x.narrow(0, end - rows.predicted, rows.predicted)?);
             }
         }
         if wanted.is_empty() {
@@ -330,7 +330,7 @@ impl Decoder {
                 let (scale, cap) = (config.attention_scale, config.attn_logit_softcapping);
                 mixed.push(attend(&q, &keys, &values, mask.as_ref(), scale, cap, &self.softmax)?); // (len, heads * head_dim)
             }
-            if let Some(filter) = heads_watched.as_ref().filter(|_| rows.logits) {
+            if let Some(filter) = heads_watched.as_ref().filter(|_| rows.predicted > 0) {
                 let position = rows.position + rows.len - 1;
                 let from = window.map_or(0, |window| (position + 1).saturating_sub(window));
                 let (keys, _) = rows.kv.view(index, from, position + 1)?;

@@ -348,7 +348,7 @@ impl Subject<'_> {
                 step.decode.push((rows, seconds));
                 // Every model's last layer represents its kind, and the head is behind it.
                 if layer + 1 == layers {
-                    head.decode.push((rows, (bench.decode(rows, Wanted::Logits)? - seconds).max(0.0)));
+                    head.decode.push((rows, (bench.decode(rows, Wanted::Logits { rows: 1 })? - seconds).max(0.0)));
                 }
             }
             measured.insert(layer, step);

@@ -37,6 +37,14 @@ pub enum StageMessage {
         /// Outputs of earlier layers for the lens, which needs the last stage's head.
         hidden: Vec<HiddenRow>,
     },
+    /// Drop the positions of a sequence from `length` on. It may have gone on by the wrong tokens, or its keys and values
+    /// may have to be computed anew.
+    Truncate {
+        /// The sequence.
+        id: SequenceId,
+        /// Positions that stay.
+        length: usize,
+    },
     /// Free a sequence's KV.
     Close {
         /// The sequence.
@@ -70,8 +78,8 @@ pub enum StageReply {
     Done {
         /// Number of the step.
         step: u64,
-        /// One for each slice that wanted a prediction; none if the step was cancelled.
-        predictions: Vec<(SequenceId, Prediction)>,
+        /// For each slice that wanted predictions one for each of the rows, in order. None if the step was cancelled.
+        predictions: Vec<(SequenceId, Vec<Prediction>)>,
         /// Longest time that a stage computed the step, which bounds the rate of a full pipeline.
         slowest: Duration,
     },
@@ -80,8 +88,8 @@ pub enum StageReply {
         /// The sequence.
         id: SequenceId,
     },
-    /// A stage could not reserve KV for the sequence.
-    OpenFailed {
+    /// A stage could not open or truncate the sequence, which cannot go on.
+    SequenceFailed {
         /// The sequence.
         id: SequenceId,
         /// The stage and its error.
@@ -196,9 +204,9 @@ mod tests {
             wanted,
         };
         let slices = vec![
-            slice(u64::MAX, 9, 1, true, Wanted::Best(40)),
+            slice(u64::MAX, 9, 1, true, Wanted::Best { rows: 1, k: 40 }),
             slice(4, 0, 2, false, Wanted::Nothing),
-            slice(5, 7, 1, false, Wanted::Logits),
+            slice(5, 7, 1, false, Wanted::Logits { rows: 1 }),
         ];
         let batch = MicroBatch { slices, tokens: vec![0, 7, u32::MAX, 1] };
         let times = StepTimes { slowest: Duration::from_nanos(1), ..StepTimes::new(Duration::MAX) };
@@ -213,6 +221,7 @@ mod tests {
             StageMessage::Open { id, capacity: 4096, prefix: None },
             StageMessage::Open { id, capacity: 1, prefix: Some((SequenceId(0), 1)) },
             step(vec![hidden.clone(), hidden]),
+            StageMessage::Truncate { id, length: 0 },
             StageMessage::Close { id },
         ] {
             assert_eq!(from_bytes::<StageMessage>(&to_bytes(&message).unwrap()).unwrap(), message);
@@ -222,11 +231,11 @@ mod tests {
         for reply in [
             StageReply::Done {
                 step: 0,
-                predictions: vec![(id, Prediction::Logits(vec![0.1, -3e38])), (id, best)],
+                predictions: vec![(id, vec![Prediction::Logits(vec![0.1, -3e38]), best]), (SequenceId(1), vec![])],
                 slowest,
             },
             StageReply::Closed { id },
-            StageReply::OpenFailed { id, failure: failure() },
+            StageReply::SequenceFailed { id, failure: failure() },
             StageReply::StepFailed { step: 9, failure: failure() },
             StageReply::Died { failure: failure() },
         ] {
@@ -239,11 +248,11 @@ mod tests {
         let odd = [0x7fc0_0000u32, 0xffc0_1234, 0x7f80_0001].map(f32::from_bits);
         let reply = StageReply::Done {
             step: 1,
-            predictions: vec![(SequenceId(1), Prediction::Logits(odd.to_vec()))],
+            predictions: vec![(SequenceId(1), vec![Prediction::Logits(odd.to_vec())])],
             slowest: Duration::ZERO,
         };
         let StageReply::Done { predictions, .. } = from_bytes(&to_bytes(&reply).unwrap()).unwrap() else { panic!() };
-        let [(_, Prediction::Logits(found))] = &predictions[..] else { panic!("{predictions:?}") };
+        let [Prediction::Logits(found)] = &predictions[0].1[..] else { panic!("{predictions:?}") };
         assert_eq!(found.iter().map(|value| value.to_bits()).collect::<Vec<_>>(), odd.map(f32::to_bits));
     }
 

@@ -48,7 +48,7 @@ pub enum Next {
 /// A stage's output on its way.
 enum Sent {
     Activations(Departed),
-    Predictions(Vec<Prediction>),
+    Predictions(Vec<(SequenceId, Vec<Prediction>)>),
 }
 
 /// All that a stage thread is given besides its backend.
@@ -111,6 +111,17 @@ fn without(
     Ok((batch, input))
 }
 
+/// Predictions of rows, by the slices that want them.
+fn of_slices(batch: &MicroBatch, predictions: Vec<Prediction>) -> Result<Vec<(SequenceId, Vec<Prediction>)>> {
+    let (found, wanted) = (predictions.len(), batch.predicted_rows().count());
+    if found != wanted {
+        return Err(Error::Tensors(format!("the last stage returned {found} predictions for {wanted} rows")));
+    }
+    let mut rest = predictions.into_iter();
+    let slices = batch.slices.iter().filter(|slice| slice.is_predicted());
+    Ok(slices.map(|slice| (slice.id, rest.by_ref().take(slice.wanted.rows()).collect())).collect())
+}
+
 impl Worker {
     /// Serves messages until the sender is gone or the backend panics. Runs on the stage's thread.
     pub fn run(self, mut backend: Box<dyn StageBackend>) {
@@ -156,11 +167,20 @@ impl Worker {
                     Ok(()) => self.pass_on(StageMessage::Open { id, capacity, prefix }),
                     Err(error) => {
                         state.refused.insert(id);
-                        (self.replies)(StageReply::OpenFailed { id, failure: self.failure(error.to_string()) });
+                        (self.replies)(StageReply::SequenceFailed { id, failure: self.failure(error.to_string()) });
                     }
                 }
                 self.publish(backend);
             }
+            // Where it was refused it is not open, nor behind.
+            StageMessage::Truncate { id, .. } if state.refused.contains(&id) => {}
+            StageMessage::Truncate { id, length } => match backend.truncate(id, length) {
+                Ok(()) => self.pass_on(StageMessage::Truncate { id, length }),
+                Err(error) => {
+                    state.refused.insert(id);
+                    (self.replies)(StageReply::SequenceFailed { id, failure: self.failure(error.to_string()) });
+                }
+            },
             StageMessage::Close { id } => {
                 state.refused.remove(&id);
                 backend.close(id);
@@ -184,6 +204,7 @@ impl Worker {
                 let rows = batch.tokens.len();
                 let mut watch = state.watcher.watch(step, hidden, &mut times.phases);
                 let forward = |backend: &mut dyn StageBackend| {
+                    batch.validate()?;
                     let input =
                         activations.map(|activations| activations.into_tensor(&self.device.device)).transpose()?;
                     let (batch, input) = without(&state.refused, batch, input)?;
@@ -209,14 +230,9 @@ impl Worker {
                     (Ok((batch, StageOutput::Activations(x))), Next::Stage(next)) => {
                         next.depart(x).map(|departed| (batch, Sent::Activations(departed)))
                     }
-                    (Ok((_, StageOutput::Activations(_))), Next::Scheduler) => {
-                        Err(Error::Tensors("the last stage returned activations instead of logits".into()))
-                    }
-                    (Ok((batch, StageOutput::Logits(logits))), _) => {
-                        Ok((batch, Sent::Predictions(logits.into_iter().map(Prediction::Logits).collect())))
-                    }
-                    (Ok((batch, StageOutput::Predictions(predictions))), _) => {
-                        Ok((batch, Sent::Predictions(predictions)))
+                    (Ok((batch, output)), _) => {
+                        let predictions = output.into_predictions().and_then(|all| of_slices(&batch, all));
+                        predictions.map(|predictions| (batch, Sent::Predictions(predictions)))
                     }
                     (Err(error), _) => Err(error),
                 };
@@ -254,10 +270,8 @@ impl Worker {
                         let message = StageMessage::Step { step, batch, times, hidden };
                         self.send(message, Some(departed), state.idle_since);
                     }
-                    Ok((batch, Sent::Predictions(predictions))) => {
+                    Ok((_, Sent::Predictions(predictions))) => {
                         self.tell_lens(backend, step, &mut hidden);
-                        let wanted = batch.slices.iter().filter(|slice| slice.is_predicted()).map(|slice| slice.id);
-                        let predictions = wanted.zip(predictions).collect();
                         (self.replies)(StageReply::Done { step, predictions, slowest: times.slowest });
                     }
                     Err(error) => self.fail_step(step, error),
@@ -361,6 +375,10 @@ mod tests {
             Ok(())
         }
 
+        fn truncate(&mut self, _: SequenceId, _: usize) -> Result<()> {
+            Ok(())
+        }
+
         fn close(&mut self, _: SequenceId) {}
 
         fn forward(&mut self, _: &MicroBatch, _: Option<Tensor>, _: &mut Watch) -> Result<StageOutput> {
@@ -415,7 +433,7 @@ mod tests {
             .collect();
         let sender = std::thread::spawn(move || {
             for step in 0..20 {
-                let (id, wanted) = (SequenceId(1), Wanted::Best(1));
+                let (id, wanted) = (SequenceId(1), Wanted::Best { rows: 1, k: 1 });
                 let position = step as usize;
                 let slice = SequenceSlice { id, position, len: 1, length: position + 1, decode: true, wanted };
                 let batch = MicroBatch { slices: vec![slice], tokens: vec![0] };
@@ -428,7 +446,7 @@ mod tests {
             // Stages that waited for each other would never answer.
             match answers.recv_timeout(Duration::from_secs(20)).expect("an answer") {
                 StageReply::Done { step: done, predictions, .. } => {
-                    assert_eq!((done, predictions), (step, vec![(SequenceId(1), Prediction::Logits(vec![0.0]))]));
+                    assert_eq!((done, predictions), (step, vec![(SequenceId(1), vec![Prediction::Logits(vec![0.0])])]));
                 }
                 _ => panic!("step {step} failed"),
             }

@@ -314,7 +314,7 @@ impl Scheduler {
             Message::Stage(StageReply::Closed { id }) => {
                 self.kv_used -= self.closing.remove(&id).unwrap_or(0);
             }
-            Message::Stage(StageReply::OpenFailed { id, failure }) => self.fail(id, failure.into_failed()),
+            Message::Stage(StageReply::SequenceFailed { id, failure }) => self.fail(id, failure.into_failed()),
             Message::Stage(StageReply::StepFailed { step, failure }) => {
                 let error = failure.into_failed();
                 self.ways.cancelled.forget(step);
@@ -332,10 +332,10 @@ impl Scheduler {
     }
 
     /// A step has left the stages. Some of its sequences may have ended in the meantime.
-    fn landed(&mut self, number: u64, predictions: Vec<(SequenceId, Prediction)>, slowest: Duration) {
+    fn landed(&mut self, number: u64, predictions: Vec<(SequenceId, Vec<Prediction>)>, slowest: Duration) {
         self.ways.cancelled.forget(number);
         let Some(step) = self.steps.remove(&number) else { return };
-        let mut predictions: HashMap<SequenceId, Prediction> = predictions.into_iter().collect();
+        let mut predictions: HashMap<SequenceId, Vec<Prediction>> = predictions.into_iter().collect();
         let mut wanted = false;
         for slice in step.slices {
             // One that still runs kept the step from being passed by, so it has been computed.
@@ -343,9 +343,10 @@ impl Scheduler {
             sequence.computed = slice.position + slice.len;
             wanted = true;
             let wrong = |what: &str| Error::Tensors(format!("the last stage returned {what}"));
-            match (slice.wanted, predictions.remove(&slice.id)) {
+            // Of the last row alone: there is no draft to check.
+            match (slice.wanted, predictions.remove(&slice.id).and_then(|mut rows| rows.pop())) {
                 (Wanted::Nothing, _) => {}
-                (Wanted::Logits, Some(Prediction::Best(_))) => {
+                (Wanted::Logits { .. }, Some(Prediction::Best(_))) => {
                     self.fail(slice.id, wrong("the most likely tokens where all logits were wanted"));
                 }
                 (_, Some(prediction)) => self.sample(slice.id, &prediction),
@@ -631,6 +632,7 @@ impl Scheduler {
             Ok(None) if self.limits.recompute_at == Some(sequence.tokens.len()) => {
                 (sequence.sent, sequence.computed, sequence.decoding) = (0, 0, false);
                 self.prefills.push_back(id);
+                self.send(StageMessage::Truncate { id, length: 0 });
             }
             Ok(None) => {
                 sequence.decoding = true;
