@@ -19,13 +19,13 @@ use metal_ext::MetalExtOptions;
 use serde::{Deserialize, Serialize};
 
 use super::transfer::{Link, LinkOptions, WireType};
+use crate::backend::candle::activation_dtype;
 use crate::backend::{MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource, Wanted};
 use crate::device::{DeviceSpec, OpenDevice, hardware_name};
 use crate::error::{Error, Result};
 use crate::instrument::Watch;
 use crate::kernels::kv::KvType;
 use crate::model::config::DecoderConfig;
-use crate::model::decoder::activation_dtype;
 use crate::model::rope::Ropes;
 use crate::weights::{WeightSource, WeightType};
 
