@@ -32,13 +32,13 @@ use crate::weights::{TensorBytes, WeightType};
 /// A run of decoder layers on a CPU, and the keys and values of the sequences that are open in it.
 pub struct CpuBackend {
     weights: StageWeights<Cpu>,
-    stage: Stage,
+    stage: CpuStage,
     sequences: Sequences<CpuKv>,
     buffers: Buffers,
 }
 
 /// What a forward pass reads besides weights.
-struct Stage {
+struct CpuStage {
     config: Arc<DecoderConfig>,
     cpu: Cpu,
     ropes: Arc<Ropes>,
@@ -77,8 +77,8 @@ struct Buffers {
     x: Vec<f32>, // (rows, hidden_size), the residual stream
     input: Input,
     products: [Values; MOST_PRODUCTS], // (rows, as many as the matrix has)
-    global: Angles,
-    local: Angles,
+    global: RowAngles,
+    local: RowAngles,
 }
 
 impl Buffers {
@@ -93,7 +93,7 @@ impl Buffers {
 
 /// Cos and sin of the step's rows.
 #[derive(Default)]
-struct Angles {
+struct RowAngles {
     cos: Vec<f32>, // (rows, rotary_dim / 2)
     sin: Vec<f32>, // (rows, rotary_dim / 2)
 }
@@ -134,7 +134,7 @@ impl CpuBackend {
             });
         }
         let weights = StageWeights::load(&*source.weights, config, layers.clone(), *dense_type, cpu, progress)?;
-        let stage = Stage {
+        let stage = CpuStage {
             config: config.clone(),
             cpu: cpu.clone(),
             ropes: ropes.clone(),
@@ -145,7 +145,7 @@ impl CpuBackend {
     }
 
     fn new_kv(&self, capacity: usize) -> CpuKv {
-        let Stage { config, kv_type, .. } = &self.stage;
+        let CpuStage { config, kv_type, .. } = &self.stage;
         let (kv_heads, head_dim) = (config.num_key_value_heads, config.head_dim);
         let layers = self.weights.layers.iter().map(|_| LayerKv::new(*kv_type, kv_heads, head_dim, capacity));
         let layers: Vec<LayerKv> = layers.collect();
@@ -156,7 +156,7 @@ impl CpuBackend {
 
 /// One step, see [`LayerOps`].
 struct CpuStep<'a> {
-    stage: &'a Stage,
+    stage: &'a CpuStage,
     slices: &'a [SequenceSlice],
     kv: &'a mut [CpuKv],
     buffers: &'a mut Buffers,
@@ -167,7 +167,7 @@ struct CpuStep<'a> {
 
 impl<'a> CpuStep<'a> {
     /// For the rows of `batch`, whose sequences' keys and values are `kv`, one for each slice.
-    fn new(stage: &'a Stage, batch: &'a MicroBatch, kv: &'a mut [CpuKv], buffers: &'a mut Buffers) -> Result<Self> {
+    fn new(stage: &'a CpuStage, batch: &'a MicroBatch, kv: &'a mut [CpuKv], buffers: &'a mut Buffers) -> Result<Self> {
         let prompt_rows = batch.prompt_rows()?;
         let bf16_rows = if stage.bf16_prompts { prompt_rows } else { 0 };
         buffers.global.fill(&stage.ropes.global, batch)?;
@@ -199,7 +199,7 @@ impl LayerOps for CpuStep<'_> {
     type Build = Cpu;
 
     fn embed(&mut self, table: &Matrix, tokens: &[u32]) -> Result<()> {
-        let Stage { config, cpu: Cpu { pool, isa }, .. } = self.stage;
+        let CpuStage { config, cpu: Cpu { pool, isa }, .. } = self.stage;
         let factor = config.embedding_multiplier as f32;
         let x = grown(&mut self.buffers.x, self.rows * config.hidden_size);
         each_row(pool, [RowsMut::new(x, config.hidden_size)], |i, [x]| {
@@ -217,7 +217,7 @@ impl LayerOps for CpuStep<'_> {
     }
 
     fn norm(&mut self, weight: &Option<Vec<f32>>) -> Result<()> {
-        let Stage { config, cpu: Cpu { pool, isa }, .. } = self.stage;
+        let CpuStage { config, cpu: Cpu { pool, isa }, .. } = self.stage;
         let (hidden, eps) = (config.hidden_size, config.rms_norm_eps as f32);
         let Buffers { x, input, .. } = &mut *self.buffers;
         let normed = input.reset(self.rows, self.bf16_rows, hidden);
@@ -245,7 +245,7 @@ impl LayerOps for CpuStep<'_> {
 
     fn prepare_qkv(&mut self, weights: &AttentionWeights<Cpu>, rope: LayerRope) -> Result<()> {
         let (q_width, kv_width) = self.widths();
-        let Stage { config, cpu: Cpu { pool, isa }, .. } = self.stage;
+        let CpuStage { config, cpu: Cpu { pool, isa }, .. } = self.stage;
         let Buffers { products: [q, k, v], global, local, .. } = &mut *self.buffers;
         let angles = match rope {
             LayerRope::None => None,
@@ -310,7 +310,7 @@ impl LayerOps for CpuStep<'_> {
     }
 
     fn gate(&mut self, weights: &GatedMlp<Cpu>) -> Result<()> {
-        let Stage { config, cpu: Cpu { pool, isa }, .. } = self.stage;
+        let CpuStage { config, cpu: Cpu { pool, isa }, .. } = self.stage;
         let inner = config.intermediate_size;
         let Buffers { input, products: [gate, up, _], .. } = &mut *self.buffers;
         let (gate, up) = (gate.room(self.rows * inner), up.room(self.rows * inner));
@@ -326,7 +326,7 @@ impl LayerOps for CpuStep<'_> {
     }
 
     fn add_branch(&mut self, bias: &Option<Vec<f32>>, norm: &Option<Vec<f32>>) -> Result<()> {
-        let Stage { config, cpu: Cpu { pool, isa }, .. } = self.stage;
+        let CpuStage { config, cpu: Cpu { pool, isa }, .. } = self.stage;
         let (hidden, eps) = (config.hidden_size, config.rms_norm_eps as f32);
         let factor = config.residual_multiplier as f32;
         let Buffers { x, products: [branch, ..], .. } = &mut *self.buffers;
@@ -342,7 +342,7 @@ impl LayerOps for CpuStep<'_> {
     }
 
     fn head(&mut self, head: &HeadWeights<Cpu>, rows: &[usize]) -> Result<Vec<Vec<f32>>> {
-        let Stage { config, cpu, .. } = self.stage;
+        let CpuStage { config, cpu, .. } = self.stage;
         let (hidden, vocab, eps) = (config.hidden_size, config.vocab_size, config.rms_norm_eps as f32);
         let Buffers { x, input, .. } = &mut *self.buffers;
         // Few rows, so of prompts as well they are multiplied as those of decode steps are.
@@ -421,7 +421,7 @@ fn add_bias(isa: Isa, values: &mut [f32], bias: &Option<Vec<f32>>) {
     }
 }
 
-impl Angles {
+impl RowAngles {
     /// Looks up the rows of all slices.
     fn fill(&mut self, rope: &RopeCache, batch: &MicroBatch) -> Result<()> {
         let half = rope.rotary_dim() / 2;

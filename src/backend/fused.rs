@@ -14,7 +14,7 @@ pub trait FusedBuffers<B: Build> {
     type Buffer;
 
     /// The matrix in its packed format; the error says why there is none.
-    fn matrix(&self, matrix: &B::Matrix) -> metal_ext::Result<decode::Matrix<Self::Buffer>>;
+    fn matrix(&self, matrix: &B::Matrix) -> metal_ext::Result<decode::FusedMatrix<Self::Buffer>>;
 
     /// Vectors one after the other, as floats.
     fn floats(&self, vectors: &[&B::Vector]) -> metal_ext::Result<Self::Buffer>;
@@ -66,7 +66,7 @@ pub fn stage<B: Build, F: FusedBuffers<B>>(
     first: usize,
     weights: &StageWeights<B>,
     buffers: &F,
-) -> metal_ext::Result<decode::Stage<F::Buffer>> {
+) -> metal_ext::Result<decode::FusedStage<F::Buffer>> {
     let layer = |(index, weights): (usize, &LayerWeights<B>)| {
         let shape = layer_shape(config, first + index)?;
         let layer = layer_weights(weights, buffers)?;
@@ -77,13 +77,13 @@ pub fn stage<B: Build, F: FusedBuffers<B>>(
         if head.projection.bias.is_some() {
             return Err(not_covered("a head with a bias".into()));
         }
-        Ok(decode::HeadWeights {
+        Ok(decode::FusedHead {
             norm: buffers.floats(&[&head.norm])?,
             rms_norm_eps: config.rms_norm_eps as f32,
             projection: buffers.matrix(&head.projection.matrix)?,
         })
     };
-    Ok(decode::Stage {
+    Ok(decode::FusedStage {
         layers: weights.layers.iter().enumerate().map(layer).collect::<metal_ext::Result<_>>()?,
         head: weights.head.as_ref().map(head).transpose()?,
     })
@@ -92,7 +92,7 @@ pub fn stage<B: Build, F: FusedBuffers<B>>(
 fn layer_weights<B: Build, F: FusedBuffers<B>>(
     weights: &LayerWeights<B>,
     buffers: &F,
-) -> metal_ext::Result<decode::LayerWeights<F::Buffer>> {
+) -> metal_ext::Result<decode::FusedLayer<F::Buffer>> {
     let vector = |vector: &Option<B::Vector>| vector.as_ref().map(|v| buffers.floats(&[v])).transpose();
     let matrix = |linear: &Linear<B>| buffers.matrix(&linear.matrix);
     // All or none: a product's biases are added together.
@@ -106,7 +106,7 @@ fn layer_weights<B: Build, F: FusedBuffers<B>>(
     };
     let Mixer::Attention(attention) = &weights.mixer;
     let Mlp::Gated(mlp) = &weights.mlp;
-    Ok(decode::LayerWeights {
+    Ok(decode::FusedLayer {
         attn_norm: vector(&weights.attn_norm)?,
         attn_post_norm: vector(&weights.attn_post_norm)?,
         mlp_norm: vector(&weights.mlp_norm)?,

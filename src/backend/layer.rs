@@ -22,10 +22,10 @@ use crate::model::stage_weights::{
 pub const MOST_PRODUCTS: usize = 3;
 
 /// The matrices of a device.
-pub type Matrix<O> = <<O as LayerOps>::Build as Build>::Matrix;
+pub type MatrixOf<O> = <<O as LayerOps>::Build as Build>::Matrix;
 
 /// The norm weights and biases of a device.
-pub type Vector<O> = <<O as LayerOps>::Build as Build>::Vector;
+pub type VectorOf<O> = <<O as LayerOps>::Build as Build>::Vector;
 
 /// Values of a step that can be read for a [`Watch`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,13 +48,13 @@ pub trait LayerOps {
     type Build: Build;
 
     /// Residual = rows of the embedding table, times the embedding multiplier. All tokens are in the table.
-    fn embed(&mut self, table: &Matrix<Self>, tokens: &[u32]) -> Result<()>;
+    fn embed(&mut self, table: &MatrixOf<Self>, tokens: &[u32]) -> Result<()>;
 
     /// Residual = `x`, (rows, hidden_size).
     fn receive(&mut self, x: Tensor) -> Result<()>;
 
     /// Input = RMSNorm of the residual, or the residual itself where there is no weight.
-    fn norm(&mut self, weight: &Option<Vector<Self>>) -> Result<()>;
+    fn norm(&mut self, weight: &Option<VectorOf<Self>>) -> Result<()>;
 
     /// Products = input times each matrix, in order. What reads a product next adds its bias.
     fn project<const N: usize>(&mut self, linears: [&Linear<Self::Build>; N]) -> Result<()>;
@@ -75,7 +75,7 @@ pub trait LayerOps {
 
     /// Adds `bias` to the first product, normalises it where there is a weight, and adds it, times the residual
     /// multiplier, to the residual.
-    fn add_branch(&mut self, bias: &Option<Vector<Self>>, norm: &Option<Vector<Self>>) -> Result<()>;
+    fn add_branch(&mut self, bias: &Option<VectorOf<Self>>, norm: &Option<VectorOf<Self>>) -> Result<()>;
 
     /// The final norm and the head on rows of the residual, at least one: `vocab_size` logits each.
     fn head(&mut self, head: &HeadWeights<Self::Build>, rows: &[usize]) -> Result<Vec<Vec<f32>>>;
@@ -237,7 +237,7 @@ impl<O: LayerOps> Pass<'_, O> {
         index: usize,
         weights: &'w AttentionWeights<O::Build>,
         config: &LayerConfig,
-    ) -> Result<&'w Option<Vector<O>>> {
+    ) -> Result<&'w Option<VectorOf<O>>> {
         self.ops.project([&weights.q_proj, &weights.k_proj, &weights.v_proj])?;
         self.lap(Phase::AttnQkvProj)?;
         self.ops.prepare_qkv(weights, config.rope)?;
@@ -252,7 +252,7 @@ impl<O: LayerOps> Pass<'_, O> {
     }
 
     /// A dense gated MLP, up to the product with its last matrix, whose bias is returned.
-    fn gated_mlp<'w>(&mut self, weights: &'w GatedMlp<O::Build>) -> Result<&'w Option<Vector<O>>> {
+    fn gated_mlp<'w>(&mut self, weights: &'w GatedMlp<O::Build>) -> Result<&'w Option<VectorOf<O>>> {
         self.ops.project([&weights.gate_proj, &weights.up_proj])?;
         self.ops.gate(weights)?;
         self.lap(Phase::MlpSwiglu)?;

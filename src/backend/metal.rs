@@ -32,7 +32,7 @@ pub struct MetalBackend {
 
 /// What the fused step works with.
 struct Fused {
-    stage: decode::Stage<Buffer>,
+    stage: decode::FusedStage<Buffer>,
     scratch: Scratch<Buffer>,
     kernels: Kernels,
     options: MetalExtOptions,
@@ -265,7 +265,7 @@ impl TensorBuffers<'_> {
 impl FusedBuffers<CandleBuild> for TensorBuffers<'_> {
     type Buffer = Buffer;
 
-    fn matrix(&self, matrix: &DeviceMatrix) -> metal_ext::Result<decode::Matrix<Buffer>> {
+    fn matrix(&self, matrix: &DeviceMatrix) -> metal_ext::Result<decode::FusedMatrix<Buffer>> {
         match matrix {
             DeviceMatrix::Metal(matrix) => {
                 matrix.packed().map_err(|e| metal_ext::Error::unsupported("fused decode", e.to_string()))

@@ -32,13 +32,13 @@ use crate::weights::{WeightSource, WeightType};
 /// A run of decoder layers and the keys and values of the sequences that are open in it.
 pub struct CandleBackend {
     weights: StageWeights<CandleBuild>,
-    stage: Stage,
+    stage: CandleStage,
     masks: MaskCache,
     sequences: Sequences<TensorKv>,
 }
 
 /// What a forward pass reads besides weights.
-struct Stage {
+struct CandleStage {
     config: Arc<DecoderConfig>,
     device: Device,
     /// Type of activations.
@@ -59,7 +59,7 @@ impl CandleBackend {
         let weights = StageWeights::load(&**weights, config, layers.clone(), *dense_type, &build, progress)?;
         let (config, device, ropes) = (config.clone(), build.device, ropes.clone());
         let masks = MaskCache::new(device.clone(), dtype);
-        let stage = Stage { config, device, dtype, kv_dtype, ropes, softmax };
+        let stage = CandleStage { config, device, dtype, kv_dtype, ropes, softmax };
         Ok(CandleBackend { weights, stage, masks, sequences: Sequences::default() })
     }
 
@@ -70,7 +70,7 @@ impl CandleBackend {
     }
 
     fn new_kv(&self, capacity: usize) -> Result<TensorKv> {
-        let Stage { config, kv_dtype, device, .. } = &self.stage;
+        let CandleStage { config, kv_dtype, device, .. } = &self.stage;
         TensorKv::new(config, self.weights.layers.len(), capacity, *kv_dtype, device)
     }
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use candle_core::{DType, Tensor};
 
-use super::Stage;
+use super::CandleStage;
 use super::attention::{attend, attention_weights, soft_cap};
 use super::kv::TensorKv;
 use super::mask::MaskCache;
@@ -22,7 +22,7 @@ const CPU_SCORE_BYTES: usize = 8 << 20;
 /// The same on a GPU, where fewer and larger products are faster.
 const GPU_SCORE_BYTES: usize = 128 << 20;
 
-impl Stage {
+impl CandleStage {
     /// The embeddings of `tokens`: (tokens, hidden_size).
     pub(super) fn embed(&self, table: &DeviceMatrix, tokens: &[u32]) -> Result<Tensor> {
         scale(table.look_up(tokens, &self.device, self.dtype)?, self.config.embedding_multiplier)
@@ -39,7 +39,7 @@ impl Stage {
 
 /// One step, see [`LayerOps`].
 pub(super) struct CandleStep<'a> {
-    stage: &'a Stage,
+    stage: &'a CandleStage,
     masks: &'a mut MaskCache,
     slices: &'a [SequenceSlice],
     kv: &'a mut [TensorKv],
@@ -55,7 +55,7 @@ pub(super) struct CandleStep<'a> {
 impl<'a> CandleStep<'a> {
     /// For the rows of `slices`, whose sequences' keys and values are `kv`, one for each.
     pub(super) fn new(
-        stage: &'a Stage,
+        stage: &'a CandleStage,
         masks: &'a mut MaskCache,
         slices: &'a [SequenceSlice],
         kv: &'a mut [TensorKv],
@@ -80,7 +80,7 @@ impl<'a> CandleStep<'a> {
         window: Option<usize>,
         mixed: &mut Vec<Tensor>,
     ) -> Result<()> {
-        let Stage { config, dtype, device, softmax, .. } = self.stage;
+        let CandleStage { config, dtype, device, softmax, .. } = self.stage;
         let (SequenceSlice { position, len, .. }, [q, ..]) = (self.slices[slice], &self.heads[slice]);
         let score_row = config.num_attention_heads * (position + len) * dtype.size_in_bytes();
         let most = if device.is_cpu() { CPU_SCORE_BYTES } else { GPU_SCORE_BYTES };
@@ -131,7 +131,7 @@ impl LayerOps for CandleStep<'_> {
     }
 
     fn prepare_qkv(&mut self, weights: &AttentionWeights<CandleBuild>, rope: LayerRope) -> Result<()> {
-        let Stage { config, ropes, .. } = self.stage;
+        let CandleStage { config, ropes, .. } = self.stage;
         // (rows, heads * head_dim) -> (rows, heads, head_dim)
         let prepare = |product: Tensor, linear: &Linear<CandleBuild>, norm: &Option<Tensor>| -> Result<Tensor> {
             let mut x = add_bias(product, &linear.bias)?;
