@@ -79,3 +79,72 @@ impl<S: SequenceState> Sequences<S> {
 fn not_open(id: SequenceId) -> Error {
     Error::Tensors(format!("sequence {} is not open in this stage", id.0))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{SequenceSlice, Wanted};
+    use super::*;
+
+    struct Held(u64);
+
+    impl SequenceState for Held {
+        fn copy_prefix(&mut self, source: &Held, len: usize) -> Result<()> {
+            self.0 += source.0 * len as u64;
+            Ok(())
+        }
+
+        fn bytes(&self) -> u64 {
+            self.0
+        }
+    }
+
+    fn batch(ids: &[u64]) -> MicroBatch {
+        let slice = |&id: &u64| SequenceSlice {
+            id: SequenceId(id),
+            position: 0,
+            len: 1,
+            length: 1,
+            decode: true,
+            wanted: Wanted::Nothing,
+        };
+        MicroBatch { slices: ids.iter().map(slice).collect(), tokens: vec![0; ids.len()] }
+    }
+
+    fn open(ids: &[u64]) -> Sequences<Held> {
+        let mut sequences = Sequences::default();
+        ids.iter().for_each(|&id| sequences.open(SequenceId(id), Held(id)));
+        sequences
+    }
+
+    #[test]
+    fn sequences_are_lent_in_order_and_return_when_a_step_fails() {
+        let mut sequences = open(&[1, 2, 3]);
+        let failed: Result<()> = sequences.lend(&batch(&[3, 1]), |kv| {
+            assert_eq!(kv.iter().map(|held| held.0).collect::<Vec<_>>(), [3, 1]);
+            kv[0].0 = 30;
+            Err(Error::Tensors("the step fails".into()))
+        });
+        assert!(failed.is_err());
+        assert_eq!(sequences.bytes(), 1 + 2 + 30);
+    }
+
+    #[test]
+    fn a_sequence_is_lent_to_one_slice_of_a_step() {
+        let mut sequences = open(&[1, 2]);
+        for ids in [[1, 1], [2, 9]] {
+            let error = sequences.lend(&batch(&ids), |_| Ok(())).unwrap_err().to_string();
+            assert!(error.contains(&format!("sequence {} is not open", ids[1])), "{error}");
+            assert_eq!(sequences.bytes(), 1 + 2, "both are back");
+        }
+    }
+
+    #[test]
+    fn a_fork_needs_an_open_sequence() {
+        let mut sequences = open(&[5]);
+        sequences.fork(SequenceId(5), SequenceId(6), 2, Held(0)).unwrap();
+        assert!(sequences.fork(SequenceId(7), SequenceId(8), 2, Held(0)).is_err());
+        sequences.close(SequenceId(5));
+        assert_eq!(sequences.get(SequenceId(6)).unwrap().0, 10);
+        assert!(sequences.get(SequenceId(5)).is_err() && sequences.get(SequenceId(8)).is_err());
+    }
+}
