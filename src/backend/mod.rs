@@ -1,8 +1,10 @@
 //! The seam between a pipeline and what computes: [`StageBackend`] is one stage's layers, weights and KV on one device.
 //! A [`MicroBatch`] is plain data that names sequences and positions, so that it could cross a wire.
 
-mod candle;
+mod layer;
+mod sequences;
 mod cpu;
+pub mod candle;
 pub mod fused;
 #[cfg(all(feature = "metal", target_os = "macos"))]
 mod metal;

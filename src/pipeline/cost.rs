@@ -18,6 +18,7 @@ use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::link::{Link, LinkOptions, WireType};
+use crate::backend::candle::activation_dtype;
 use crate::backend::{
     MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOptions, StageOutput, StageSource, Wanted,
 };
@@ -25,7 +26,6 @@ use crate::device::{DeviceSpec, OpenDevice, hardware_name};
 use crate::error::{Error, Result};
 use crate::instrument::Watch;
 use crate::model::config::DecoderConfig;
-use crate::model::decoder::activation_dtype;
 use crate::model::rope::Ropes;
 use crate::weights::WeightSource;
 

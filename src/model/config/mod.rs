@@ -10,17 +10,7 @@ use std::path::Path;
 
 use super::family::Family;
 use crate::error::{Error, Result};
-
-/// The function between gate and up projection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Activation {
-    /// `x * sigmoid(x)`.
-    Silu,
-    /// GELU with the error function.
-    Gelu,
-    /// GELU by its tanh approximation.
-    GeluTanh,
-}
+pub use crate::kernels::ops::Activation;
 
 /// RMSNorm on queries and keys, before RoPE.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
