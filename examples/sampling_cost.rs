@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! cargo run --release --example make_model -- --shape qwen2.5-0.5b --type q8_0 --out /tmp/qwen.gguf
-//! cargo run --release --example sampling_cost -- --model /tmp/qwen.gguf --sequences 64
+//! cargo run --release --example sampling_cost -- --model /tmp/qwen.gguf --streams 64
 //! ```
 
 mod common;
@@ -26,7 +26,7 @@ struct Arguments {
     flags: Flags,
     /// Streams at once.
     #[arg(long, default_value_t = 64)]
-    sequences: usize,
+    streams: usize,
     /// Tokens of each.
     #[arg(long, default_value_t = 12)]
     generate: usize,
@@ -66,14 +66,14 @@ async fn main() -> ExitCode {
 }
 
 async fn run() -> Result<()> {
-    let Arguments { flags, sequences, generate } = Arguments::parse();
+    let Arguments { flags, streams, generate } = Arguments::parse();
     let sums = Arc::new(Sums::default());
     let options = ExecutorOptions { probe: Probe::new(sums.clone()), ..ExecutorOptions::default() };
     let executor = flags.load_with(options).await?;
     executor.warmup().await?;
     let vocab = executor.pipeline().config().vocab_size;
     let text = executor.tokenizer().is_some();
-    println!("{sequences} streams, a vocabulary of {vocab} tokens, {} text", if text { "with" } else { "without" });
+    println!("{streams} streams, a vocabulary of {vocab} tokens, {} text", if text { "with" } else { "without" });
     println!("{:<28} {:>12} {:>12} {:>14} {:>12}", "options", "ms a step", "sampling, %", "scheduler, %", "us a token");
     let plain =
         GenerationOptions { ignore_eos: true, reuse_prefix: false, ..GenerationOptions::new(generate, 0.0, 1.0) };
@@ -91,11 +91,11 @@ async fn run() -> Result<()> {
             let read =
                 || [&sums.sampled, &sums.turns, &sums.computed, &sums.tokens].map(|sum| sum.load(Ordering::Relaxed));
             let (before, began) = (read(), Instant::now());
-            let streams = (0..sequences).map(|i| match text {
+            let all = (0..streams).map(|i| match text {
                 true => executor.infer_stream_with_text(prompt(i), &options),
                 false => executor.infer_stream_with(prompt(i), &options),
             });
-            let mut events = futures::stream::select_all(streams);
+            let mut events = futures::stream::select_all(all);
             while let Some(event) = events.next().await {
                 event?;
             }
