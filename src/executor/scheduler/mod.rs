@@ -458,8 +458,8 @@ impl Scheduler {
             self.prefix_counters.reused_tokens.fetch_add(tokens as u64, Ordering::Relaxed);
             self.probe.emit(|| Event::PrefixReused { request: id.0, tokens });
         }
-        self.send(StageMessage::Open { id, capacity, prefix });
         self.prefills.push_back(id);
+        self.send(StageMessage::Open { id, capacity, prefix });
     }
 
     /// Begins those whose leader has computed what they share with it, or has ended.
