@@ -1,14 +1,25 @@
 //! The most likely tokens of a row of logits, without sorting the vocabulary. A token and its logit are one number, its key,
 //! whose order is the order of likelihood.
 
+use super::simd::Isa;
+
 /// Logits that are looked at together.
 const LANES: usize = 16;
+
+/// Logits of which one is known to be the greatest before it is searched for.
+const BLOCK: usize = 1024;
 
 /// The `k` most likely tokens with their logits: the most likely first, the lowest id first among equals. `None` where that
 /// is not less than all logits, or where a logit is infinite or NaN and the error that reports it needs them all.
 pub fn most_likely(logits: &[f32], k: usize) -> Option<Vec<(u32, f32)>> {
     // A token with its logit takes twice the bytes of a logit.
-    if k >= logits.len().div_ceil(2) || !all_finite(logits) {
+    if k >= logits.len().div_ceil(2) {
+        return None;
+    }
+    if k == 1 {
+        return greatest(logits).map(|best| vec![best]);
+    }
+    if !all_finite(logits) {
         return None;
     }
     let mut keys = Vec::new();
@@ -17,8 +28,35 @@ pub fn most_likely(logits: &[f32], k: usize) -> Option<Vec<(u32, f32)>> {
     Some(keys.into_iter().map(|key| (token_of(key), logit_of(key))).collect())
 }
 
+/// The most likely token, in one pass; `None` where a logit is infinite or NaN.
+fn greatest(logits: &[f32]) -> Option<(u32, f32)> {
+    let isa = Isa::detect();
+    let (mut best, mut best_block) = (f32::NEG_INFINITY, 0);
+    for (index, block) in logits.chunks(BLOCK).enumerate() {
+        let (mut maxima, mut lost) = ([f32::NEG_INFINITY; LANES], [0u32; LANES]);
+        isa.compile(|| {
+            for chunk in block.chunks(LANES) {
+                for ((maximum, lost), &logit) in maxima.iter_mut().zip(&mut lost).zip(chunk) {
+                    *maximum = if logit > *maximum { logit } else { *maximum };
+                    *lost |= u32::from(!logit.is_finite());
+                }
+            }
+        });
+        if lost.iter().any(|&lost| lost != 0) {
+            return None;
+        }
+        let block_max = maxima.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
+        if block_max > best {
+            (best, best_block) = (block_max, index);
+        }
+    }
+    let block = logits.chunks(BLOCK).nth(best_block)?;
+    let position = block.iter().position(|&logit| logit == best)?;
+    Some(((best_block * BLOCK + position) as u32, best + 0.0))
+}
+
 fn all_finite(logits: &[f32]) -> bool {
-    logits.chunks(1024).all(|block| block.iter().fold(true, |all, logit| all & logit.is_finite()))
+    logits.chunks(BLOCK).all(|block| block.iter().fold(true, |all, logit| all & logit.is_finite()))
 }
 
 /// Leaves the keys of the `k` most likely tokens in `keys`, in no order.
