@@ -25,7 +25,9 @@ mod gpu {
     use std::sync::Arc;
 
     use candle_core::{DType, Device, Tensor};
-    use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageOutput, StageSource, Wanted};
+    use candle_pipeline::backend::{
+        MicroBatch, SequenceId, SequenceSlice, StageOptions, StageOutput, StageSource, Wanted,
+    };
     use candle_pipeline::instrument::Watch;
     use candle_pipeline::model::config::DecoderConfig;
     use candle_pipeline::weights::{StoredTensor, TensorBytes, TensorMeta, WeightSource, WeightType};
@@ -135,7 +137,10 @@ mod gpu {
                     weights: weights.clone(),
                     config: config.clone(),
                     layers: 1..LAYERS + 1,
-                    metal: MetalExtOptions { fused, ..MetalExtOptions::default() },
+                    options: StageOptions {
+                        metal: MetalExtOptions { fused, ..MetalExtOptions::default() },
+                        ..demo.options
+                    },
                     ..demo.clone()
                 };
                 let mut backend = stage.load(&|_| {}).expect("memory");

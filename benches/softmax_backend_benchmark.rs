@@ -21,7 +21,7 @@ fn main() {
 #[cfg(all(feature = "metal", target_os = "macos"))]
 mod gpu {
     use candle_core::{Device, Tensor};
-    use candle_pipeline::model::metal_matrix::Kernels;
+    use candle_pipeline::backend::candle::metal_matrix::Kernels;
     use criterion::{Criterion, Throughput};
     use metal_ext::MetalExtOptions;
 

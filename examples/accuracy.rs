@@ -322,7 +322,7 @@ impl Bench {
                     len: 1,
                     length: position + 1,
                     decode: !self.bf16_prompts,
-                    wanted: Wanted::Logits,
+                    wanted: Wanted::Logits { rows: 1 },
                 };
                 let batch = MicroBatch { slices: vec![slice], tokens: vec![token] };
                 match backend.forward(&batch, None, &mut Watch::off())? {

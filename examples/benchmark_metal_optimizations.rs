@@ -269,8 +269,14 @@ impl Work {
         for step in 0..steps {
             let position = position + step;
             let len = tokens.len();
-            let slice =
-                SequenceSlice { id, position, len, length: position + len, decode: len == 1, wanted: Wanted::Logits };
+            let slice = SequenceSlice {
+                id,
+                position,
+                len,
+                length: position + len,
+                decode: len == 1,
+                wanted: Wanted::Logits { rows: 1 },
+            };
             let batch = MicroBatch { slices: vec![slice], tokens: tokens.to_vec() };
             let StageOutput::Logits(logits) = backend.forward(&batch, None, &mut Watch::off())? else {
                 anyhow::bail!("the whole model gave no logits");

@@ -235,6 +235,10 @@ impl StageBackend for Slowed {
         self.backend.fork(from, to, len, capacity)
     }
 
+    fn truncate(&mut self, id: SequenceId, length: usize) -> candle_pipeline::Result<()> {
+        self.backend.truncate(id, length)
+    }
+
     fn close(&mut self, id: SequenceId) {
         self.backend.close(id);
     }

@@ -51,8 +51,8 @@ pub use executor::{
 pub use kernels::kv::KvType;
 pub use kernels::simd::Isa;
 pub use metal_ext::{ColumnsPerThreadgroup, MetalExtOptions, SoftmaxBackend};
+pub use pipeline::link::{LinkOptions, SimulatedLink, WireType};
 pub use pipeline::plan::{Objective, Plan};
-pub use pipeline::transfer::{LinkOptions, SimulatedLink, WireType};
 pub use pipeline::{HeterogeneousPipeline, MeasuredSplit, PipelineOptions, Split, StagePlan};
 
 /// Kernels, for this project's own benches, tests and tools. Not part of the API: any of it may change at any time.

@@ -88,3 +88,20 @@ fn the_library_reads_no_environment_variable() {
         assert!(!text.contains("env::var"), "{}", path.display());
     }
 }
+
+/// The executor speaks to stages by messages; `pipeline/stages.rs` starts them.
+#[test]
+fn the_executor_opens_no_device_and_builds_no_stage() {
+    let theirs = ["OpenDevice", "StageBackend", "StageSource", "Worker", "Link", "Activations", "Tensor"];
+    let mut wrong = Vec::new();
+    for path in sources(&root().join("executor")) {
+        let text = std::fs::read_to_string(&path).unwrap();
+        for line in text.lines().map(str::trim).filter(|line| !line.starts_with("//")) {
+            let mut words = line.split(|c: char| !c.is_alphanumeric() && c != '_');
+            if let Some(word) = words.find(|word| theirs.contains(word)) {
+                wrong.push(format!("{} names {word}: {line}", path.display()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}

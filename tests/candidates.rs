@@ -1,5 +1,5 @@
-//! A last stage that answers with the most likely tokens where those are enough, as one does whose logits lie on a GPU:
-//! what is chosen is what all logits choose.
+//! A last stage that answers with the most likely tokens where those are enough, as a CPU stage does, and one whose logits
+//! lie on a GPU: what is chosen is what all logits choose.
 
 mod common;
 
@@ -30,15 +30,17 @@ struct Shared {
     best: AtomicUsize,
     /// Rows answered with all logits.
     logits: AtomicUsize,
-    /// Answers with so many tokens whatever is wanted; 0 for what is.
+    /// Answers with so many tokens whatever is wanted; 0 for what is, `ALL` for all logits.
     always: AtomicUsize,
 }
+
+const ALL: usize = usize::MAX;
 
 impl Searching {
     fn answer(&self, slice: &SequenceSlice, logits: Vec<f32>) -> Prediction {
         let k = match (self.shared.always.load(Ordering::SeqCst), slice.wanted) {
-            (0, Wanted::Best(k)) if k < logits.len() && logits.iter().all(|logit| logit.is_finite()) => k,
-            (0, _) => {
+            (0, Wanted::Best { rows: 1, k }) if k < logits.len() && logits.iter().all(|logit| logit.is_finite()) => k,
+            (0 | ALL, _) => {
                 self.shared.logits.fetch_add(1, Ordering::SeqCst);
                 return Prediction::Logits(logits);
             }
@@ -58,15 +60,23 @@ impl StageBackend for Searching {
         self.inner.fork(from, to, len, capacity)
     }
 
+    fn truncate(&mut self, id: SequenceId, length: usize) -> Result<()> {
+        self.inner.truncate(id, length)
+    }
+
     fn close(&mut self, id: SequenceId) {
         self.inner.close(id);
     }
 
     fn forward(&mut self, batch: &MicroBatch, input: Option<Tensor>, watch: &mut Watch) -> Result<StageOutput> {
-        match self.inner.forward(batch, input, watch)? {
+        let mut asked = batch.clone();
+        for slice in &mut asked.slices {
+            slice.wanted = Wanted::Logits { rows: slice.wanted.rows() };
+        }
+        match self.inner.forward(&asked, input, watch)? {
             StageOutput::Logits(logits) => {
-                let wanted = batch.slices.iter().filter(|slice| slice.is_predicted());
-                let answers = wanted.zip(logits).map(|(slice, logits)| self.answer(slice, logits));
+                let wanted = batch.predicted_rows();
+                let answers = wanted.zip(logits).map(|((slice, ..), logits)| self.answer(slice, logits));
                 Ok(StageOutput::Predictions(answers.collect()))
             }
             other => Ok(other),
@@ -137,9 +147,13 @@ async fn the_most_likely_tokens_generate_what_all_logits_generate() {
     let plain = executor(DEMO_MODEL, "cpu,cpu", Some(&[4, 4])).await.unwrap();
     let (searching, shared) = searching().await;
     for (seed, (options, from_best)) in (0..).zip(cases()) {
-        let wanted = plain.infer_with(&prompt(seed), &options).await.unwrap();
+        shared.always.store(ALL, Ordering::SeqCst);
+        let wanted = searching.infer_with(&prompt(seed), &options).await.unwrap();
+        assert_eq!(shared.logits.swap(0, Ordering::SeqCst), TOKENS);
+        shared.always.store(0, Ordering::SeqCst);
         let found = searching.infer_with(&prompt(seed), &options).await.unwrap();
         assert_same(&found, &wanted, &options);
+        assert_same(&plain.infer_with(&prompt(seed), &options).await.unwrap(), &wanted, &options);
         assert_eq!(found.tokens.len(), TOKENS);
         let rows = (shared.best.swap(0, Ordering::SeqCst), shared.logits.swap(0, Ordering::SeqCst));
         assert_eq!(rows, (from_best, TOKENS - from_best), "{options:?}");

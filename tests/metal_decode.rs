@@ -38,7 +38,7 @@ struct CpuBuffers {
 }
 
 impl Build for CpuBuffers {
-    type Matrix = decode::Matrix<CpuBuffer>;
+    type Matrix = decode::FusedMatrix<CpuBuffer>;
     type Vector = Vec<f32>;
 
     const READS_IN_PLACE: bool = true;
@@ -48,7 +48,7 @@ impl Build for CpuBuffers {
         let layout = MatrixLayout::new(format, n, k).unwrap();
         let mut packed = vec![0; layout.bytes];
         layout.pack(&bytes.read()?, &mut packed).unwrap();
-        Ok(Some(decode::Matrix { layout, buffer: CpuBuffer::from_bytes(&packed), offset: 0 }))
+        Ok(Some(decode::FusedMatrix { layout, buffer: CpuBuffer::from_bytes(&packed), offset: 0 }))
     }
 
     /// What a GPU would see of the pages, with zeros behind the file's end.
@@ -68,7 +68,7 @@ impl Build for CpuBuffers {
         self.mapped.set(self.mapped.get() + 1);
         let mut pages = file[start..file.len().min(start + len)].to_vec();
         pages.resize(len, 0);
-        Ok(Some(decode::Matrix { layout, buffer: CpuBuffer::from_bytes(&pages), offset }))
+        Ok(Some(decode::FusedMatrix { layout, buffer: CpuBuffer::from_bytes(&pages), offset }))
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<Vec<f32>> {
@@ -87,7 +87,7 @@ impl Build for CpuBuffers {
 impl FusedBuffers<CpuBuffers> for CpuBuffers {
     type Buffer = CpuBuffer;
 
-    fn matrix(&self, matrix: &decode::Matrix<CpuBuffer>) -> metal_ext::Result<decode::Matrix<CpuBuffer>> {
+    fn matrix(&self, matrix: &decode::FusedMatrix<CpuBuffer>) -> metal_ext::Result<decode::FusedMatrix<CpuBuffer>> {
         Ok(matrix.clone())
     }
 
@@ -101,8 +101,8 @@ impl FusedBuffers<CpuBuffers> for CpuBuffers {
 struct FusedModel {
     config: Arc<DecoderConfig>,
     ropes: Ropes,
-    embeddings: decode::Matrix<CpuBuffer>,
-    stage: decode::Stage<CpuBuffer>,
+    embeddings: decode::FusedMatrix<CpuBuffer>,
+    stage: decode::FusedStage<CpuBuffer>,
     scratch: Scratch<CpuBuffer>,
     candidates: Candidates<CpuBuffer>,
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use candle_core::quantized::GgmlDType;
 use candle_pipeline::backend::{
-    MicroBatch, Prediction, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource, Wanted,
+    MicroBatch, Prediction, SequenceId, SequenceSlice, StageBackend, StageOptions, StageOutput, StageSource, Wanted,
 };
 use candle_pipeline::instrument::Watch;
 use candle_pipeline::{DEMO_MODEL, DeviceSpec, MetalExtOptions};
@@ -21,8 +21,8 @@ const GPU: DeviceSpec = DeviceSpec::Metal(0);
 /// The whole demo model on the GPU, decoding with the fused kernels or with candle's.
 fn on_gpu(file: &str, fused: bool) -> Box<dyn StageBackend> {
     let source = source_of(GPU, file);
-    let metal = MetalExtOptions { fused, ..source.metal };
-    StageSource { metal, ..source }.load(&|_| {}).unwrap()
+    let metal = MetalExtOptions { fused, ..source.options.metal };
+    StageSource { options: StageOptions { metal, ..source.options }, ..source }.load(&|_| {}).unwrap()
 }
 
 /// The same on the CPU, with inputs that are not rounded.
@@ -33,7 +33,7 @@ fn on_cpu(file: &str) -> Box<dyn StageBackend> {
 
 fn prefill(backend: &mut dyn StageBackend, id: SequenceId, tokens: &[u32]) -> Vec<f32> {
     let len = tokens.len();
-    let slice = SequenceSlice { id, position: 0, len, length: len, decode: false, wanted: Wanted::Logits };
+    let slice = SequenceSlice { id, position: 0, len, length: len, decode: false, wanted: Wanted::Logits { rows: 1 } };
     match backend
         .forward(&MicroBatch { slices: vec![slice], tokens: tokens.to_vec() }, None, &mut Watch::off())
         .unwrap()
@@ -80,7 +80,8 @@ fn sequences_of_one_step_are_what_they_are_alone() {
         gpu.open(*id, 8).unwrap();
         step(&mut *gpu, *id, 0, 0);
     }
-    let slice = |id| SequenceSlice { id, position: 1, len: 1, length: 2, decode: true, wanted: Wanted::Logits };
+    let slice =
+        |id| SequenceSlice { id, position: 1, len: 1, length: 2, decode: true, wanted: Wanted::Logits { rows: 1 } };
     let batch = MicroBatch {
         slices: rows.iter().map(|(id, _)| slice(*id)).collect(),
         tokens: rows.iter().map(|(_, token)| *token).collect(),
@@ -103,7 +104,12 @@ fn tokens_found_on_the_gpu_are_the_most_likely_of_its_logits() {
         gpu.open(*id, 8).unwrap();
         step(&mut *gpu, *id, 0, 0);
     }
-    let wanted = [Wanted::Best(1), Wanted::Logits, Wanted::Best(5), Wanted::Best(2)];
+    let wanted = [
+        Wanted::Best { rows: 1, k: 1 },
+        Wanted::Logits { rows: 1 },
+        Wanted::Best { rows: 1, k: 5 },
+        Wanted::Best { rows: 1, k: 2 },
+    ];
     let slice = |id, wanted| SequenceSlice { id, position: 1, len: 1, length: 2, decode: true, wanted };
     let batch = MicroBatch {
         slices: rows.iter().zip(wanted).map(|((id, _), wanted)| slice(*id, wanted)).collect(),
@@ -113,14 +119,14 @@ fn tokens_found_on_the_gpu_are_the_most_likely_of_its_logits() {
         unreachable!("some wanted the most likely tokens")
     };
     // The same step again, which overwrites what it appended, for its logits.
-    let all = batch.slices.iter().map(|slice| SequenceSlice { wanted: Wanted::Logits, ..*slice }).collect();
+    let all = batch.slices.iter().map(|slice| SequenceSlice { wanted: Wanted::Logits { rows: 1 }, ..*slice }).collect();
     let all = MicroBatch { slices: all, tokens: batch.tokens.clone() };
     let StageOutput::Logits(logits) = gpu.forward(&all, None, &mut Watch::off()).unwrap() else {
         unreachable!("all wanted logits")
     };
     for ((found, logits), wanted) in found.into_iter().zip(logits).zip(wanted) {
         let expected = match wanted {
-            Wanted::Best(k) => Prediction::Best(most_likely(&logits, k)),
+            Wanted::Best { rows: 1, k } => Prediction::Best(most_likely(&logits, k)),
             _ => Prediction::Logits(logits),
         };
         assert_eq!(found, expected);

@@ -87,7 +87,7 @@ fn a_device_made_slower_gets_fewer_layers_and_a_worthless_one_none() {
 fn a_simulated_link_costs_its_latency_and_its_bytes() {
     let options = |wire_type| {
         let simulated = Some("5,1e6".parse::<SimulatedLink>().unwrap());
-        PipelineOptions { link: LinkOptions { wire_type, simulated }, ..short() }
+        PipelineOptions { link: LinkOptions { wire_type, simulated, ..LinkOptions::default() }, ..short() }
     };
     for (wire_type, bytes) in [(None, 4.0), (Some(WireType::BF16), 2.0)] {
         let measured = measured(None);
@@ -147,7 +147,7 @@ async fn a_link_of_f32_is_exact_and_of_bf16_nearly() {
     for (wire_type, simulated) in
         [(None, None), (Some(WireType::F32), slow), (Some(WireType::F16), slow), (Some(WireType::BF16), slow)]
     {
-        let link = LinkOptions { wire_type, simulated };
+        let link = LinkOptions { wire_type, simulated, ..LinkOptions::default() };
         let options = PipelineOptions { split: Split::Layers(vec![3, 5]), link, ..PipelineOptions::default() };
         let pipeline = HeterogeneousPipeline::with_options(&devices("cpu,cpu"), DEMO_MODEL, options).unwrap();
         let executor = HeterogeneousPipelineExecutor::new(pipeline, DEMO_MODEL).await.unwrap();

@@ -6,7 +6,7 @@ use candle_pipeline::backend::{MicroBatch, SequenceId, SequenceSlice, StageOutpu
 use candle_pipeline::instrument::Watch;
 use candle_pipeline::{
     DEMO_MODEL, DeviceSpec, ExecutorOptions, GenerationOptions, HeterogeneousPipeline, HeterogeneousPipelineExecutor,
-    Isa, KvType, PipelineOptions,
+    Isa, KvType, LinkOptions, PipelineOptions, Split,
 };
 use common::{bits, executor, executor_with, greedy};
 
@@ -70,6 +70,35 @@ async fn quantised_models_and_counted_threads_are_no_exception() {
     }
 }
 
+/// Each message, reply and row of activations is encoded and decoded, so nothing else can have passed.
+#[tokio::test]
+async fn stages_that_exchange_only_bytes_give_the_same_bits() {
+    let sampled = GenerationOptions { seed: Some(3), logprobs: Some(2), ..GenerationOptions::new(12, 0.9, 0.95) };
+    for file in ["", "demo-q4_0.gguf"] {
+        let model = format!("{DEMO_MODEL}/{file}");
+        let uncut = executor(&model, "cpu", None).await.unwrap();
+        let wanted = run(&uncut, 12).await;
+        let wanted_sampled = uncut.infer_with(&[5, 6, 7], &sampled).await.unwrap();
+        for (names, counts) in [("cpu", &[8][..]), ("cpu,cpu@threads=1", &[5, 3]), ("cpu,cpu,cpu", &[2, 5, 1])] {
+            let link = LinkOptions { as_bytes: true, ..LinkOptions::default() };
+            let split = Split::Layers(counts.to_vec());
+            let options = PipelineOptions { split, link, kv_type: KvType::F32, ..PipelineOptions::default() };
+            let devices = DeviceSpec::parse_list(names).unwrap();
+            let pipeline = HeterogeneousPipeline::with_options(&devices, &model, options).unwrap();
+            let cut = HeterogeneousPipelineExecutor::new(pipeline, &model).await.unwrap();
+            assert!(run(&cut, 12).await == wanted, "{file} on {names} cut {counts:?} differs");
+            let prompts = prompts(cut.pipeline().config().vocab_size);
+            let together = cut.infer_batch_with(&prompts, &greedy(12)).await.unwrap();
+            assert!(together.iter().map(bits).collect::<Bits>() == wanted, "{file} on {names}, all at once");
+            let found = cut.infer_with(&[5, 6, 7], &sampled).await.unwrap();
+            assert_eq!(
+                (found.tokens, found.logprobs),
+                (wanted_sampled.tokens.clone(), wanted_sampled.logprobs.clone())
+            );
+        }
+    }
+}
+
 #[tokio::test]
 async fn families_with_their_own_layers_can_be_cut_anywhere() {
     for family in ["gemma2", "gemma3", "phi3-longrope", "smollm3", "granite", "olmo2", "llama-dynamic-rope"] {
@@ -111,7 +140,7 @@ fn rows_of_several_sequences_in_one_micro_batch_are_those_of_each_alone() {
         len,
         length: position + len,
         decode: position > 0,
-        wanted: Wanted::Logits,
+        wanted: Wanted::Logits { rows: 1 },
     };
     for id in 0..4 {
         backend.open(SequenceId(id), 64).unwrap();

@@ -305,7 +305,7 @@ fn attention(mut backend: Box<dyn StageBackend>, tokens: &[u32]) -> Weights {
     let all = All::wanting(everything());
     let (len, id) = (tokens.len(), SequenceId(4));
     backend.open(id, len).unwrap();
-    let slice = SequenceSlice { id, position: 0, len, length: len, decode: false, wanted: Wanted::Logits };
+    let slice = SequenceSlice { id, position: 0, len, length: len, decode: false, wanted: Wanted::Logits { rows: 1 } };
     let batch = MicroBatch { slices: vec![slice], tokens: tokens.to_vec() };
     let mut watch = Watch::of(&everything(), Probe::new(all.clone()));
     let output = backend.forward(&batch, None, &mut watch).unwrap();

@@ -154,7 +154,7 @@ impl Flags {
         };
         Ok(PipelineOptions {
             split,
-            link: LinkOptions { wire_type: self.wire_type, simulated: self.link },
+            link: LinkOptions { wire_type: self.wire_type, simulated: self.link, ..LinkOptions::default() },
             context_length: self.context_length,
             dtype: self.dtype.as_deref().map(parse_dtype).transpose()?,
             kv_type: self.kv_type,

@@ -166,7 +166,7 @@ impl Whole {
             len: 1,
             length: position + 1,
             decode: true,
-            wanted: Wanted::Logits,
+            wanted: Wanted::Logits { rows: 1 },
         };
         let batch = MicroBatch { slices: vec![slice], tokens: vec![token] };
         match self.backend.forward(&batch, None, &mut Watch::off())? {

@@ -1,7 +1,8 @@
 //! What a decode step costs, by a dry run, and what the fused path refuses.
 
 use metal_ext::decode::{
-    AngleTable, CHIPS, HeadWeights, KvCache, LayerShape, LayerWeights, Matrix, Prediction, Rope, Row, Scratch, Stage,
+    AngleTable, CHIPS, FusedHead, FusedLayer, FusedMatrix, FusedStage, KvCache, LayerShape, Prediction, Rope, Row,
+    Scratch,
 };
 use metal_ext::gemv::Gate;
 use metal_ext::heads::NormOver;
@@ -46,15 +47,15 @@ fn models() -> [Model; 4] {
 }
 
 /// Rows of 896 values are no whole number of Q4_K's blocks; GGUF files hold them as Q8_0.
-fn matrix(format: Format, n: usize, k: usize) -> Matrix<()> {
+fn matrix(format: Format, n: usize, k: usize) -> FusedMatrix<()> {
     let layout = MatrixLayout::new(format, n, k).or_else(|_| MatrixLayout::new(Format::Q8_0, n, k)).unwrap();
-    Matrix { layout, buffer: (), offset: 0 }
+    FusedMatrix { layout, buffer: (), offset: 0 }
 }
 
-fn stage(model: &Model, format: Format) -> Stage<()> {
+fn stage(model: &Model, format: Format) -> FusedStage<()> {
     let shape = &model.shape;
     let (hidden, inner) = (shape.hidden_size, shape.intermediate_size);
-    let layer = LayerWeights {
+    let layer = FusedLayer {
         attn_norm: Some(()),
         attn_post_norm: None,
         mlp_norm: Some(()),
@@ -75,9 +76,9 @@ fn stage(model: &Model, format: Format) -> Stage<()> {
     };
     layer.check(shape).unwrap();
     let projection = matrix(format, model.vocab_size, hidden);
-    Stage {
+    FusedStage {
         layers: vec![(shape.clone(), layer); model.layers],
-        head: Some(HeadWeights { norm: (), rms_norm_eps: 1e-5, projection }),
+        head: Some(FusedHead { norm: (), rms_norm_eps: 1e-5, projection }),
     }
 }
 
@@ -86,7 +87,7 @@ fn scratch() -> Scratch<()> {
 }
 
 /// Dispatches of a step of `rows` sequences at `position`.
-fn step(stage: &Stage<()>, rows: usize, position: usize) -> DryRun {
+fn step(stage: &FusedStage<()>, rows: usize, position: usize) -> DryRun {
     let kv = vec![KvCache { keys: (), values: (), capacity: position + 1 }; stage.layers.len()];
     let angles = || [Region::at(&(), 0), Region::at(&(), 0)];
     let row = || Row { position, kv: &kv, global_angles: angles(), local_angles: Some(angles()) };
@@ -98,8 +99,8 @@ fn step(stage: &Stage<()>, rows: usize, position: usize) -> DryRun {
 }
 
 /// Bytes that no step can do without: every weight of layers and head once, and the keys and values so far.
-fn least_bytes(stage: &Stage<()>, position: usize) -> usize {
-    let weights = |layer: &LayerWeights<()>| {
+fn least_bytes(stage: &FusedStage<()>, position: usize) -> usize {
+    let weights = |layer: &FusedLayer<()>| {
         [&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.o_proj, &layer.gate_proj, &layer.up_proj, &layer.down_proj]
             .iter()
             .map(|matrix| matrix.layout.stored_bytes())

@@ -6,7 +6,7 @@ use metal_ext::gemv::Gate;
 use metal_ext::heads::NormOver;
 
 use crate::model::config::{Activation, DecoderConfig, LayerRope, QkNorm};
-use crate::model::stage_weights::{Build, HeadWeights, LayerWeights, Linear, StageWeights};
+use crate::model::stage_weights::{Build, HeadWeights, LayerWeights, Linear, Mixer, Mlp, StageWeights};
 
 /// How a device's matrices and vectors become those of the fused step.
 pub trait FusedBuffers<B: Build> {
@@ -14,7 +14,7 @@ pub trait FusedBuffers<B: Build> {
     type Buffer;
 
     /// The matrix in its packed format; the error says why there is none.
-    fn matrix(&self, matrix: &B::Matrix) -> metal_ext::Result<decode::Matrix<Self::Buffer>>;
+    fn matrix(&self, matrix: &B::Matrix) -> metal_ext::Result<decode::FusedMatrix<Self::Buffer>>;
 
     /// Vectors one after the other, as floats.
     fn floats(&self, vectors: &[&B::Vector]) -> metal_ext::Result<Self::Buffer>;
@@ -66,7 +66,7 @@ pub fn stage<B: Build, F: FusedBuffers<B>>(
     first: usize,
     weights: &StageWeights<B>,
     buffers: &F,
-) -> metal_ext::Result<decode::Stage<F::Buffer>> {
+) -> metal_ext::Result<decode::FusedStage<F::Buffer>> {
     let layer = |(index, weights): (usize, &LayerWeights<B>)| {
         let shape = layer_shape(config, first + index)?;
         let layer = layer_weights(weights, buffers)?;
@@ -77,13 +77,13 @@ pub fn stage<B: Build, F: FusedBuffers<B>>(
         if head.projection.bias.is_some() {
             return Err(not_covered("a head with a bias".into()));
         }
-        Ok(decode::HeadWeights {
+        Ok(decode::FusedHead {
             norm: buffers.floats(&[&head.norm])?,
             rms_norm_eps: config.rms_norm_eps as f32,
             projection: buffers.matrix(&head.projection.matrix)?,
         })
     };
-    Ok(decode::Stage {
+    Ok(decode::FusedStage {
         layers: weights.layers.iter().enumerate().map(layer).collect::<metal_ext::Result<_>>()?,
         head: weights.head.as_ref().map(head).transpose()?,
     })
@@ -92,7 +92,7 @@ pub fn stage<B: Build, F: FusedBuffers<B>>(
 fn layer_weights<B: Build, F: FusedBuffers<B>>(
     weights: &LayerWeights<B>,
     buffers: &F,
-) -> metal_ext::Result<decode::LayerWeights<F::Buffer>> {
+) -> metal_ext::Result<decode::FusedLayer<F::Buffer>> {
     let vector = |vector: &Option<B::Vector>| vector.as_ref().map(|v| buffers.floats(&[v])).transpose();
     let matrix = |linear: &Linear<B>| buffers.matrix(&linear.matrix);
     // All or none: a product's biases are added together.
@@ -104,24 +104,26 @@ fn layer_weights<B: Build, F: FusedBuffers<B>>(
             n => Err(not_covered(format!("biases on {n} of {} projections of one input", linears.len()))),
         }
     };
-    Ok(decode::LayerWeights {
+    let Mixer::Attention(attention) = &weights.mixer;
+    let Mlp::Gated(mlp) = &weights.mlp;
+    Ok(decode::FusedLayer {
         attn_norm: vector(&weights.attn_norm)?,
         attn_post_norm: vector(&weights.attn_post_norm)?,
         mlp_norm: vector(&weights.mlp_norm)?,
         mlp_post_norm: vector(&weights.mlp_post_norm)?,
-        qkv_bias: biases(&[&weights.q_proj, &weights.k_proj, &weights.v_proj])?,
-        q_proj: matrix(&weights.q_proj)?,
-        k_proj: matrix(&weights.k_proj)?,
-        v_proj: matrix(&weights.v_proj)?,
-        q_norm: vector(&weights.q_norm)?,
-        k_norm: vector(&weights.k_norm)?,
-        o_proj: matrix(&weights.o_proj)?,
-        o_bias: vector(&weights.o_proj.bias)?,
-        gate_up_bias: biases(&[&weights.gate_proj, &weights.up_proj])?,
-        gate_proj: matrix(&weights.gate_proj)?,
-        up_proj: matrix(&weights.up_proj)?,
-        down_proj: matrix(&weights.down_proj)?,
-        down_bias: vector(&weights.down_proj.bias)?,
+        qkv_bias: biases(&[&attention.q_proj, &attention.k_proj, &attention.v_proj])?,
+        q_proj: matrix(&attention.q_proj)?,
+        k_proj: matrix(&attention.k_proj)?,
+        v_proj: matrix(&attention.v_proj)?,
+        q_norm: vector(&attention.q_norm)?,
+        k_norm: vector(&attention.k_norm)?,
+        o_proj: matrix(&attention.o_proj)?,
+        o_bias: vector(&attention.o_proj.bias)?,
+        gate_up_bias: biases(&[&mlp.gate_proj, &mlp.up_proj])?,
+        gate_proj: matrix(&mlp.gate_proj)?,
+        up_proj: matrix(&mlp.up_proj)?,
+        down_proj: matrix(&mlp.down_proj)?,
+        down_bias: vector(&mlp.down_proj.bias)?,
     })
 }
 

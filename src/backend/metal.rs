@@ -1,5 +1,5 @@
 //! The backend on an Apple GPU: decode steps by metal-ext's fused kernels where they cover the stage, everything else by
-//! the decoder over candle's tensors.
+//! [`CandleBackend`].
 //!
 //! Both work on the same weights and on the same KV cache, F16 (num_key_value_heads, capacity, head_dim) tensors of one
 //! sequence and layer each, so a sequence may change from one to the other at any step. The fused path takes a step of one
@@ -16,14 +16,12 @@ use metal_ext::gemv::MOST_ROWS;
 use metal_ext::metal::{Buffer, Compile, autoreleasepool};
 use metal_ext::{Encoder, MetalExtOptions, Region};
 
-use super::candle::CandleBackend;
+use super::candle::metal_matrix::{Kernels, buffer_of};
+use super::candle::{CandleBackend, CandleBuild, DeviceMatrix, TensorKv};
 use super::fused::{self, FusedBuffers};
 use super::{MicroBatch, Prediction, SequenceId, StageBackend, StageBytes, StageOutput, StageSource, Wanted};
 use crate::error::{Error, Result};
 use crate::instrument::{HiddenRow, Watch};
-use crate::model::kv_cache::SequenceKv;
-use crate::model::linear::{CandleBuild, Matrix};
-use crate::model::metal_matrix::{Kernels, buffer_of};
 
 /// A run of decoder layers on an Apple GPU.
 pub struct MetalBackend {
@@ -34,7 +32,7 @@ pub struct MetalBackend {
 
 /// What the fused step works with.
 struct Fused {
-    stage: decode::Stage<Buffer>,
+    stage: decode::FusedStage<Buffer>,
     scratch: Scratch<Buffer>,
     kernels: Kernels,
     options: MetalExtOptions,
@@ -49,7 +47,7 @@ impl MetalBackend {
     /// Loads a stage tensor by tensor; `progress` hears of bytes as they arrive.
     pub fn load(source: &StageSource, progress: &dyn Fn(u64)) -> Result<Self> {
         let candle = CandleBackend::load(source, progress)?;
-        let fused = match source.metal.fused {
+        let fused = match source.options.metal.fused {
             false => None,
             true => match Fused::new(source, &candle)? {
                 Ok(fused) => Some(fused),
@@ -68,11 +66,11 @@ impl Fused {
     /// The stage in the fused step's terms; the inner error says what it does not cover.
     fn new(source: &StageSource, candle: &CandleBackend) -> Result<metal_ext::Result<Fused>> {
         let device = &source.device.device;
-        let Some(kernels) = Kernels::of(device, source.metal) else {
+        let Some(kernels) = Kernels::of(device, source.options.metal) else {
             return Ok(Err(metal_ext::Error::unsupported("fused decode", "the device is not on Metal")));
         };
         let buffers = TensorBuffers { device, kept: RefCell::default() };
-        let stage = match fused::stage(&source.config, source.layers.start, candle.decoder().weights(), &buffers) {
+        let stage = match fused::stage(&source.config, source.layers.start, candle.weights(), &buffers) {
             Ok(stage) => stage,
             Err(why) => return Ok(Err(why)),
         };
@@ -93,7 +91,7 @@ impl Fused {
             partials: zeros(bytes.partials)?,
             logits: zeros(bytes.logits)?,
         };
-        let options = source.metal;
+        let options = source.options.metal;
         let kept = buffers.kept.into_inner();
         let fused = Fused { stage, scratch, kernels, options, candidates, most_candidates, _kept: kept };
         fused.compile()?;
@@ -161,7 +159,7 @@ impl Fused {
         source: &StageSource,
         batch: &MicroBatch,
         x: Tensor, // (rows, hidden_size), f32, of nobody else
-        kv: &[&SequenceKv],
+        kv: &[&TensorKv],
     ) -> Result<StageOutput> {
         let mut kept = Vec::new();
         let mut angles = |rope: &crate::model::rope::RopeCache, position, length| -> Result<[(Buffer, usize); 2]> {
@@ -239,8 +237,8 @@ impl Fused {
     /// How many of the most likely tokens are enough for a row, if they can be looked for.
     fn enough(&self, batch: &MicroBatch, row: usize) -> Option<usize> {
         match batch.slices[row].wanted {
-            Wanted::Best(k) => (1..=self.most_candidates).contains(&k).then_some(k),
-            Wanted::Nothing | Wanted::Logits => None,
+            Wanted::Best { k, .. } => (1..=self.most_candidates).contains(&k).then_some(k),
+            Wanted::Nothing | Wanted::Logits { .. } => None,
         }
     }
 }
@@ -267,20 +265,22 @@ impl TensorBuffers<'_> {
 impl FusedBuffers<CandleBuild> for TensorBuffers<'_> {
     type Buffer = Buffer;
 
-    fn matrix(&self, matrix: &Matrix) -> metal_ext::Result<decode::Matrix<Buffer>> {
+    fn matrix(&self, matrix: &DeviceMatrix) -> metal_ext::Result<decode::FusedMatrix<Buffer>> {
         match matrix {
-            Matrix::Metal(matrix) => {
+            DeviceMatrix::Metal(matrix) => {
                 matrix.packed().map_err(|e| metal_ext::Error::unsupported("fused decode", e.to_string()))
             }
-            Matrix::Dense(tensor) => {
+            DeviceMatrix::Dense(tensor) => {
                 let reason = format!("no kernel reads {} matrices", tensor.dtype().as_str());
                 Err(metal_ext::Error::unsupported("fused decode", reason))
             }
-            Matrix::Quantised { tensor, .. } => {
+            DeviceMatrix::Quantised { tensor, .. } => {
                 let reason = format!("no kernel reads {:?} matrices", tensor.dtype());
                 Err(metal_ext::Error::unsupported("fused decode", reason))
             }
-            Matrix::Packed { .. } => Err(metal_ext::Error::unsupported("fused decode", "the weights are on a CPU")),
+            DeviceMatrix::Packed { .. } => {
+                Err(metal_ext::Error::unsupported("fused decode", "the weights are on a CPU"))
+            }
         }
     }
 
@@ -300,6 +300,10 @@ impl StageBackend for MetalBackend {
 
     fn fork(&mut self, from: SequenceId, to: SequenceId, len: usize, capacity: usize) -> Result<()> {
         self.candle.fork(from, to, len, capacity)
+    }
+
+    fn truncate(&mut self, id: SequenceId, length: usize) -> Result<()> {
+        self.candle.truncate(id, length)
     }
 
     fn close(&mut self, id: SequenceId) {
@@ -326,7 +330,7 @@ impl StageBackend for MetalBackend {
                     let x = match input {
                         // A copy: the step works in place.
                         Some(input) => input.to_dtype(DType::F32)?.force_contiguous()?,
-                        None => self.candle.decoder().embed(&batch.tokens)?,
+                        None => self.candle.embed(&batch.tokens)?,
                     };
                     fused.step(&self.source, batch, x, &kv)
                 }

@@ -4,104 +4,33 @@
 pub mod options;
 pub mod sampler;
 pub mod scheduler;
+pub mod stats;
 pub mod stream;
 pub mod tokenizer;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, Sender, SyncSender};
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 
-use self::options::{FinishReason, GenerationOptions, TokenLogprob};
+pub use self::options::ExecutorOptions;
+use self::options::GenerationOptions;
 use self::scheduler::prefix::PrefixCounters;
-use self::scheduler::{GenerationEvent, Limits, Message, QueuePlace, Request, Scheduler, TextState, capacity};
+use self::scheduler::{GenerationEvent, Limits, Message, QueuePlace, Request, Scheduler, TextState, Ways, capacity};
+pub use self::stats::{Generation, PrefixStats, StageMemory, StageStats, WarmupReport};
 use self::stream::{GenerationStream, TextStream, TokenStream};
 use self::tokenizer::{ChatMessage, Tokenizer};
-use crate::backend::{SequenceId, StageBackend};
-use crate::device::DeviceSpec;
+use crate::backend::SequenceId;
 use crate::error::{Error, Result};
 use crate::instrument::{Event, Probe};
-use crate::model::config::RopeScaling;
-use crate::pipeline::transfer::Link;
-use crate::pipeline::worker::{Next, StageCounters, StageMessage, Worker, inbox, panic_message};
+use crate::pipeline::stages::{self, StartOptions, spawn};
+use crate::pipeline::worker::{StageCounters, panic_message};
 use crate::pipeline::{HeterogeneousPipeline, StagePlan};
 use crate::weights::hub::{self, ModelFiles};
-
-/// Makes a stage's backend into another one, on the stage's thread: for backends of one's own, and for tests.
-pub type WrapBackend = Arc<dyn Fn(usize, Box<dyn StageBackend>) -> Box<dyn StageBackend> + Send + Sync>;
-
-/// Hears of loading: bytes in place and bytes in all, over all stages.
-pub type Progress = Arc<dyn Fn(u64, u64) + Send + Sync>;
-
-/// How an executor runs. `Default` suits most.
-#[derive(Clone)]
-pub struct ExecutorOptions {
-    /// Prompt positions computed in one step while no stream is running. A larger number is faster, a smaller one lets
-    /// other requests in between sooner and cancels sooner.
-    pub prefill_chunk: usize,
-    /// Rows of a step while streams are running, theirs and those of prompts together (Sarathi-Serve's token budget). A
-    /// smaller number keeps the streams flowing, a larger one computes prompts sooner. `None` measures: as many as double
-    /// the time of a step without prompts.
-    pub token_budget: Option<usize>,
-    /// Micro-batches that the running sequences are spread over. `None` is one for each stage, so that each has work.
-    pub micro_batches: Option<usize>,
-    /// Micro-batches in flight, at most `micro_batches`. `None` is all of them; 1 switches the overlap of stages off, to
-    /// see what it gains.
-    pub in_flight: Option<usize>,
-    /// Sequences that run at once; more requests wait. A larger number raises throughput and inter-token latency.
-    pub max_sequences: usize,
-    /// Requests that may wait for admission before further ones are refused with [`Error::Busy`]. `None` lets any number
-    /// wait. Each prompt of a batch counts.
-    pub queue_limit: Option<usize>,
-    /// Positions of KV that ended sequences keep in every stage, for requests that begin alike; the least recently used
-    /// go first, and all when running requests need the room. 0 reuses nothing, from running sequences neither.
-    pub prefix_cache: usize,
-    /// Hears of events. Off costs nothing.
-    pub probe: Probe,
-    /// Hears of loading.
-    pub progress: Option<Progress>,
-    /// Wraps each stage's backend.
-    pub wrap_backend: Option<WrapBackend>,
-}
-
-impl Default for ExecutorOptions {
-    fn default() -> Self {
-        ExecutorOptions {
-            prefill_chunk: 256,
-            token_budget: None,
-            micro_batches: None,
-            in_flight: None,
-            max_sequences: 256,
-            queue_limit: None,
-            prefix_cache: 8192,
-            probe: Probe::default(),
-            progress: None,
-            wrap_backend: None,
-        }
-    }
-}
-
-impl ExecutorOptions {
-    /// Refuses values that have no meaning, naming the option.
-    fn validate(&self) -> Result<()> {
-        let counts = [
-            ("prefill_chunk", Some(self.prefill_chunk)),
-            ("token_budget", self.token_budget),
-            ("micro_batches", self.micro_batches),
-            ("in_flight", self.in_flight),
-            ("max_sequences", Some(self.max_sequences)),
-            ("queue_limit", self.queue_limit),
-        ];
-        match counts.into_iter().find(|(_, count)| *count == Some(0)) {
-            Some((option, _)) => Err(Error::option(option, "is 0, at least 1 is needed")),
-            None => Ok(()),
-        }
-    }
-}
 
 /// Runs a planned model. Handles are cheap to clone and may be used from many tasks at once; when the last one is
 /// dropped the stages finish the step they are in and their threads are joined, which blocks for as long.
@@ -144,111 +73,6 @@ struct Inner {
     probe: Probe,
 }
 
-/// What one generation gave.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Generation {
-    /// Generated token ids. An end-of-sequence or stop token that ended it is the last one, as in transformers.
-    pub tokens: Vec<u32>,
-    /// Generated text without special tokens, up to a stop string; empty for the forms that take and give tokens only.
-    pub text: String,
-    /// Why it ended.
-    pub finish_reason: FinishReason,
-    /// For each token, when asked for.
-    pub logprobs: Vec<TokenLogprob>,
-    /// Logits of the last prompt position, when asked for.
-    pub prompt_logits: Option<Vec<f32>>,
-    /// From submission to the first token.
-    pub time_to_first_token: Duration,
-    /// From submission to the end.
-    pub total_time: Duration,
-    /// Prompt tokens whose KV was taken over from another sequence.
-    pub reused_tokens: usize,
-}
-
-/// What warming up did.
-#[derive(Debug, Clone, PartialEq)]
-pub struct WarmupReport {
-    /// Positions of the prompt that was computed.
-    pub prefill_tokens: usize,
-    /// Steps of one token.
-    pub decode_steps: usize,
-    /// Time it took in all.
-    pub duration: Duration,
-    /// Device and computing time of each stage.
-    pub stages: Vec<(DeviceSpec, Duration)>,
-}
-
-/// Bytes that a stage holds now.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct StageMemory {
-    /// Where it runs.
-    pub device: DeviceSpec,
-    /// Weights.
-    pub weights: u64,
-    /// KV of open sequences.
-    pub kv: u64,
-    /// How much of that belongs to ended sequences and makes way when it is needed.
-    pub kv_retained: u64,
-    /// KV that there may be.
-    pub kv_budget: u64,
-}
-
-/// What a stage has done since it was loaded. Times are wall-clock.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct StageStats {
-    /// Where it runs.
-    pub device: DeviceSpec,
-    /// Time it computed.
-    pub compute: Duration,
-    /// Time it stood without work while there was some elsewhere in the pipeline: its bubbles.
-    pub wait: Duration,
-    /// Time it copied its output towards the next stage.
-    pub copy: Duration,
-    /// Time that micro-batches waited for it, summed over them.
-    pub queued: Duration,
-    /// Micro-batches.
-    pub steps: u64,
-    /// Rows in them.
-    pub rows: u64,
-}
-
-impl StageStats {
-    /// The part of its time that it computed, from 0 to 1; the rest are bubbles and copies. Time in which nobody wanted
-    /// anything does not count.
-    pub fn busy_share(&self) -> f64 {
-        let all = (self.compute + self.wait + self.copy).as_secs_f64();
-        if all == 0.0 { 0.0 } else { self.compute.as_secs_f64() / all }
-    }
-
-    /// What it has done after `earlier`.
-    pub fn since(&self, earlier: &StageStats) -> StageStats {
-        StageStats {
-            device: self.device,
-            compute: self.compute.saturating_sub(earlier.compute),
-            wait: self.wait.saturating_sub(earlier.wait),
-            copy: self.copy.saturating_sub(earlier.copy),
-            queued: self.queued.saturating_sub(earlier.queued),
-            steps: self.steps.saturating_sub(earlier.steps),
-            rows: self.rows.saturating_sub(earlier.rows),
-        }
-    }
-}
-
-/// What prefix reuse has done since the executor was built, and what it keeps.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PrefixStats {
-    /// Requests that might have reused a prefix.
-    pub lookups: u64,
-    /// Those that did.
-    pub hits: u64,
-    /// Prompt tokens that did not have to be computed.
-    pub reused_tokens: u64,
-    /// Ended sequences whose KV is kept now.
-    pub retained_sequences: u64,
-    /// Positions that their KV is set aside for.
-    pub retained_positions: u64,
-}
-
 impl HeterogeneousPipelineExecutor {
     /// Loads each stage's weights on a thread of its own and starts serving. `model` must be the one that `pipeline`
     /// was planned for.
@@ -262,13 +86,11 @@ impl HeterogeneousPipelineExecutor {
         let (done, loaded) = tokio::sync::oneshot::channel();
         let model = model.to_string();
         // Loading blocks, so it has a thread; the executor it makes comes back through the channel.
-        let starter = std::thread::Builder::new().name("pipeline-load".into());
-        let started = starter.spawn(move || {
+        spawn("pipeline-load".into(), move || {
             let started = catch_unwind(AssertUnwindSafe(|| Self::start(pipeline, &model, options)));
             let _ = done
                 .send(started.unwrap_or_else(|panic| Err(Error::SchedulerPanicked { reason: panic_message(&*panic) })));
-        });
-        started.map_err(|e| Error::Tensors(format!("cannot start a thread: {e}")))?;
+        })?;
         loaded.await.map_err(|_| Error::Stopped)?
     }
 
@@ -288,17 +110,27 @@ impl HeterogeneousPipelineExecutor {
         }
         let failed = Arc::new(OnceLock::new());
         let (to_scheduler, scheduler_inbox) = std::sync::mpsc::channel();
-        let stopping = Arc::default();
         let limits = limits(&pipeline, &options)?;
         if options.probe.is_on() {
             let facts = Arc::new(pipeline.facts(limits.kv_positions)?);
             options.probe.emit(|| Event::ModelOpened(facts));
         }
-        let Stages { first, mut threads, counters } = start_stages(&pipeline, &options, &to_scheduler, &stopping)?;
+        let start = StartOptions {
+            // Enough for the steps and for many sequences to be opened and closed behind a step that takes long.
+            inbox: 2 * pipeline.stages().len() + 2 * options.max_sequences.min(1024),
+            probe: options.probe.clone(),
+            progress: options.progress,
+            wrap: options.wrap_backend,
+        };
+        let replies = to_scheduler.clone();
+        let stages = stages::start(&pipeline, &start, move |reply| {
+            let _ = replies.send(Message::Stage(reply));
+        })?;
+        let (mut threads, counters, stopping) = (stages.threads, stages.counters, stages.stopping);
 
         let prefix_counters: Arc<PrefixCounters> = Arc::default();
-        let probe = options.probe.clone();
-        let scheduler = Scheduler::new(limits, scheduler_inbox, first, probe, prefix_counters.clone(), failed.clone());
+        let ways = Ways { inbox: scheduler_inbox, first_stage: stages.first, cancelled: stages.cancelled };
+        let scheduler = Scheduler::new(limits, ways, options.probe.clone(), prefix_counters.clone(), failed.clone());
         // The scheduler first: joining it drops the way into the first stage, which lets the stages end in turn.
         threads.insert(0, spawn("pipeline-scheduler".into(), move || scheduler.run())?);
         let inner = Inner {
@@ -662,7 +494,6 @@ async fn collect(mut stream: GenerationStream) -> Result<Generation> {
 fn limits(pipeline: &HeterogeneousPipeline, options: &ExecutorOptions) -> Result<Limits> {
     let config = pipeline.config();
     let kv_positions = |stage: &StagePlan| stage.kv_budget / stage.kv_bytes_per_token.max(1);
-    let scaling = &config.rope.scaling;
     let micro_batches = options.micro_batches.unwrap_or(pipeline.stages().len());
     Ok(Limits {
         context_length: pipeline.context_length(),
@@ -677,142 +508,7 @@ fn limits(pipeline: &HeterogeneousPipeline, options: &ExecutorOptions) -> Result
         share_generated: pipeline.decodes_like_prompts()?,
         eos_token_ids: config.eos_token_ids.clone(),
         suppressed: Arc::new(config.suppressed.clone()),
-        recompute_at: match scaling {
-            RopeScaling::LongRope { original_max_position_embeddings, .. } => {
-                Some(original_max_position_embeddings + 1)
-            }
-            _ => None,
-        },
-        own_rotations_from: match scaling {
-            RopeScaling::Dynamic { original_max_position_embeddings, .. } => Some(original_max_position_embeddings + 1),
-            _ => None,
-        },
+        recompute_at: config.rotations_change_at(),
+        own_rotations_from: config.rotations_follow_length_from(),
     })
-}
-
-struct Stages {
-    first: SyncSender<StageMessage>,
-    threads: Vec<JoinHandle<()>>,
-    counters: Vec<Arc<StageCounters>>,
-}
-
-/// Starts a thread for each stage, which loads its own weights, and waits until all have.
-fn start_stages(
-    pipeline: &HeterogeneousPipeline,
-    options: &ExecutorOptions,
-    to_scheduler: &Sender<Message>,
-    stopping: &Arc<AtomicBool>,
-) -> Result<Stages> {
-    let count = pipeline.stages().len();
-    let total = pipeline.stages().iter().map(|stage| stage.weight_bytes).sum();
-    let loaded = Arc::new(AtomicU64::new(0));
-    let (ready, readiness) = std::sync::mpsc::channel();
-    // Before any stage loads: a link is tried in its devices' turns, which a stage has for as long as it loads.
-    let devices = pipeline.devices();
-    let links = devices.windows(2).map(|pair| Link::new(&pair[0], &pair[1], pipeline.options().link));
-    let mut links = links.collect::<Result<Vec<Link>>>()?;
-    let mut threads = Vec::with_capacity(count);
-    let mut counters = vec![Arc::default(); count];
-    // From the last stage to the first, since each is given the way into the next.
-    let mut next: Option<SyncSender<StageMessage>> = None;
-    for stage in (0..count).rev() {
-        // Enough for the steps and for many sequences to be opened and closed behind a step that takes long.
-        let (sender, stage_inbox) = inbox(2 * count + 2 * options.max_sequences.min(1024));
-        let way_on = next.take().and_then(|sender| Some(Next::Stage(sender, Box::new(links.pop()?))));
-        let counter: Arc<StageCounters> = Arc::default();
-        counters[stage] = counter.clone();
-        let replies = to_scheduler.clone();
-        let worker = Worker {
-            stage,
-            device: devices[stage].clone(),
-            inbox: stage_inbox,
-            next: way_on.unwrap_or(Next::Scheduler),
-            replies: Box::new(move |reply| {
-                let _ = replies.send(Message::Stage(reply));
-            }),
-            counters: counter,
-            stopping: stopping.clone(),
-            probe: options.probe.clone(),
-        };
-        let load =
-            LoadStage { pipeline: pipeline.clone(), stage, loaded: loaded.clone(), total, options: options.clone() };
-        let ready = ready.clone();
-        threads.push(spawn(format!("pipeline-stage-{stage}"), move || {
-            let backend = load.run();
-            match backend {
-                Ok(backend) => {
-                    let bytes = backend.bytes();
-                    worker.counters.weight_bytes.store(bytes.weights, Ordering::Relaxed);
-                    let _ = ready.send(Ok(()));
-                    drop((ready, load));
-                    worker.run(backend);
-                }
-                Err(error) => {
-                    let _ = ready.send(Err(error));
-                }
-            }
-        })?);
-        next = Some(sender);
-    }
-    drop(ready);
-    threads.reverse();
-    let outcome: Result<Vec<()>> = wait_for(&readiness, count);
-    match (outcome, next) {
-        (Ok(_), Some(first)) => Ok(Stages { first, threads, counters }),
-        (outcome, first) => {
-            // The others end when the way into them closes.
-            drop(first);
-            for thread in threads {
-                let _ = thread.join();
-            }
-            Err(outcome.err().unwrap_or(Error::Stopped))
-        }
-    }
-}
-
-fn wait_for(readiness: &Receiver<Result<()>>, count: usize) -> Result<Vec<()>> {
-    (0..count).map(|_| readiness.recv().unwrap_or(Err(Error::Stopped))).collect()
-}
-
-/// What a stage thread needs to load its backend.
-struct LoadStage {
-    pipeline: HeterogeneousPipeline,
-    stage: usize,
-    loaded: Arc<AtomicU64>,
-    total: u64,
-    options: ExecutorOptions,
-}
-
-impl LoadStage {
-    /// Loads, turning a panic into an error.
-    fn run(&self) -> Result<Box<dyn StageBackend>> {
-        let loaded = catch_unwind(AssertUnwindSafe(|| self.load()));
-        loaded.unwrap_or_else(|panic| {
-            let device = self.pipeline.stages()[self.stage].device.to_string();
-            Err(Error::StagePanicked { stage: self.stage, device, reason: panic_message(&*panic) })
-        })
-    }
-
-    fn load(&self) -> Result<Box<dyn StageBackend>> {
-        let progress = |bytes| {
-            let loaded = self.loaded.fetch_add(bytes, Ordering::Relaxed) + bytes;
-            if let Some(progress) = &self.options.progress {
-                progress(loaded, self.total);
-            }
-        };
-        let source = self.pipeline.stage_source(self.stage);
-        let backend = {
-            let _turn = source.device.turns.take();
-            source.load(&progress)?
-        };
-        Ok(match &self.options.wrap_backend {
-            Some(wrap) => wrap(self.stage, backend),
-            None => backend,
-        })
-    }
-}
-
-fn spawn(name: String, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
-    let thread = std::thread::Builder::new().name(name).spawn(body);
-    thread.map_err(|e| Error::Tensors(format!("cannot start a thread: {e}")))
 }

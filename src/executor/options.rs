@@ -1,9 +1,76 @@
-//! What a caller can ask of one generation.
+//! What an executor is told when it is built, and what a caller can ask of one generation.
 
 use std::time::Duration;
 
 use crate::error::{Error, Result};
-use crate::instrument::Outcome;
+use crate::instrument::{Outcome, Probe};
+use crate::pipeline::stages::{Progress, WrapBackend};
+
+/// How an executor runs. `Default` suits most uses.
+#[derive(Clone)]
+pub struct ExecutorOptions {
+    /// Prompt positions computed in one step while no stream is running. A larger number is faster, a smaller one lets
+    /// other requests in between sooner and cancels sooner.
+    pub prefill_chunk: usize,
+    /// Rows of a step while streams are running, theirs and those of prompts together (Sarathi-Serve's token budget). A
+    /// smaller number keeps the streams flowing, a larger one computes prompts sooner. `None` measures: as many as double
+    /// the time of a step without prompts.
+    pub token_budget: Option<usize>,
+    /// Micro-batches that the running sequences are spread over. `None` is one for each stage, so that each has work.
+    pub micro_batches: Option<usize>,
+    /// Micro-batches in flight, at most `micro_batches`. `None` is all of them; 1 switches the overlap of stages off, to
+    /// see what it gains.
+    pub in_flight: Option<usize>,
+    /// Sequences that run at once; more requests wait. A larger number raises throughput and inter-token latency.
+    pub max_sequences: usize,
+    /// Requests that may wait for admission before further ones are refused with [`Error::Busy`]. `None` lets any number
+    /// wait. Each prompt of a batch counts.
+    pub queue_limit: Option<usize>,
+    /// Positions of KV that ended sequences keep in every stage, for requests that begin alike; the least recently used
+    /// go first, and all when running requests need the room. 0 reuses nothing, from running sequences neither.
+    pub prefix_cache: usize,
+    /// Where events go. Off costs nothing.
+    pub probe: Probe,
+    /// Called as weights load.
+    pub progress: Option<Progress>,
+    /// Wraps each stage's backend.
+    pub wrap_backend: Option<WrapBackend>,
+}
+
+impl Default for ExecutorOptions {
+    fn default() -> Self {
+        ExecutorOptions {
+            prefill_chunk: 256,
+            token_budget: None,
+            micro_batches: None,
+            in_flight: None,
+            max_sequences: 256,
+            queue_limit: None,
+            prefix_cache: 8192,
+            probe: Probe::default(),
+            progress: None,
+            wrap_backend: None,
+        }
+    }
+}
+
+impl ExecutorOptions {
+    /// Refuses values that have no meaning, naming the option.
+    pub fn validate(&self) -> Result<()> {
+        let counts = [
+            ("prefill_chunk", Some(self.prefill_chunk)),
+            ("token_budget", self.token_budget),
+            ("micro_batches", self.micro_batches),
+            ("in_flight", self.in_flight),
+            ("max_sequences", Some(self.max_sequences)),
+            ("queue_limit", self.queue_limit),
+        ];
+        match counts.into_iter().find(|(_, count)| *count == Some(0)) {
+            Some((option, _)) => Err(Error::option(option, "is 0, at least 1 is needed")),
+            None => Ok(()),
+        }
+    }
+}
 
 /// How tokens are chosen and when to stop. `Default` is greedy, 512 tokens, no penalties.
 ///

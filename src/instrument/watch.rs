@@ -3,6 +3,8 @@
 
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
+
 use super::stats::distance;
 use super::{
     AttentionFilter, Event, Interest, Lap, LayerActivations, LensInterest, LensLayer, Phase, Probe, TensorStats,
@@ -10,7 +12,7 @@ use super::{
 };
 
 /// The output of a layer in one row, on its way to the head.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct HiddenRow {
     /// The request's number.
     pub request: u64,
@@ -24,7 +26,7 @@ pub struct HiddenRow {
 
 /// Whether the phases of a step are told. The first stage decides and the others follow, so that of a step all stages tell
 /// them or none does, and what they tell adds up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum StepPhases {
     /// No stage has looked at the step yet.
     #[default]

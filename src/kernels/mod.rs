@@ -30,6 +30,7 @@ pub mod rows;
 pub mod ops;
 pub mod kv;
 pub mod attention;
+pub mod best;
 
 use half::{bf16, f16};
 

@@ -1,16 +1,10 @@
-//! One decoder for every family. A family is data: [`config::DecoderConfig`] says what a model is, [`decoder`] computes
-//! it. Nothing here knows threads, stages or requests.
+//! What a model is, the same for every family: [`config::DecoderConfig`] describes it, [`stage_weights`] reads the weights of
+//! a run of its layers. What computes with them is in [`backend`](crate::backend); nothing here knows threads, stages or
+//! requests.
 
-pub mod attention;
 pub mod config;
-pub mod decoder;
 pub mod family;
-pub mod kv_cache;
 pub mod stage_weights;
-#[cfg(all(feature = "metal", target_os = "macos"))]
-pub mod metal_matrix;
-pub mod linear;
-pub mod mask;
 pub mod rope;
 pub mod quantisation;
 pub(crate) mod vocabulary;

@@ -68,12 +68,37 @@ pub struct LayerWeights<B: Build> {
     pub attn_post_norm: Option<B::Vector>, // (hidden_size)
     pub mlp_norm: Option<B::Vector>,       // (hidden_size)
     pub mlp_post_norm: Option<B::Vector>,  // (hidden_size)
+    pub mixer: Mixer<B>,
+    pub mlp: Mlp<B>,
+}
+
+/// What passes information between the positions of a sequence: a layer's first branch.
+pub enum Mixer<B: Build> {
+    /// Softmax attention over keys and values of all positions.
+    Attention(AttentionWeights<B>),
+}
+
+/// What works on each position by itself: a layer's second branch.
+pub enum Mlp<B: Build> {
+    /// `down(activation(gate(x)) * up(x))`.
+    Gated(GatedMlp<B>),
+}
+
+/// Weights of attention.
+#[allow(missing_docs)]
+pub struct AttentionWeights<B: Build> {
     pub q_proj: Linear<B>,
     pub k_proj: Linear<B>,
     pub v_proj: Linear<B>,
     pub o_proj: Linear<B>,
-    pub q_norm: Option<B::Vector>, // (head_dim) or (heads * head_dim)
+    /// As long as what it normalises: (head_dim) for each head, (heads * head_dim) for the whole projection.
+    pub q_norm: Option<B::Vector>,
     pub k_norm: Option<B::Vector>,
+}
+
+/// Weights of a gated MLP.
+#[allow(missing_docs)]
+pub struct GatedMlp<B: Build> {
     pub gate_proj: Linear<B>,
     pub up_proj: Linear<B>,
     pub down_proj: Linear<B>,
@@ -89,6 +114,8 @@ pub struct HeadWeights<B: Build> {
 
 /// All weights of a run of layers.
 pub struct StageWeights<B: Build> {
+    /// Index in the model of the first of `layers`.
+    pub first: usize,
     /// The embedding table, of the first run only: (vocab_size, hidden_size).
     pub embeddings: Option<Arc<B::Matrix>>,
     /// The layers, in order.
@@ -117,10 +144,11 @@ impl<B: Build> StageWeights<B> {
             progress(part);
         };
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let first = range.start == 0;
+        let first = range.start;
+        let has_embeddings = first == 0;
         let last = range.end == config.num_hidden_layers;
         let tied = is_tied(source, config)?;
-        let embeddings = match first || (last && tied) {
+        let embeddings = match has_embeddings || (last && tied) {
             true => Some(Arc::new(reader.matrix("embed_tokens.weight", vocab, 0, vocab, hidden)?)),
             false => None,
         };
@@ -147,64 +175,166 @@ impl<B: Build> StageWeights<B> {
                 Some(HeadWeights { norm, projection })
             }
         };
-        Ok(StageWeights { embeddings: embeddings.filter(|_| first), layers, head, bytes: bytes.get() })
+        Ok(StageWeights { first, embeddings: embeddings.filter(|_| has_embeddings), layers, head, bytes: bytes.get() })
     }
 }
 
 impl<B: Build> LayerWeights<B> {
     fn load(reader: &Reader<B>, config: &DecoderConfig, index: usize) -> Result<Self> {
-        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let norm = |part: &str, wanted: bool| match wanted {
+            true => {
+                let name = format!("layers.{index}.{part}.weight");
+                reader.vector(&name, config.hidden_size, config.norm_offset).map(Some)
+            }
+            false => Ok(None),
+        };
+        Ok(LayerWeights {
+            attn_norm: norm("attn_norm", config.norms.attn_norm)?,
+            attn_post_norm: norm("attn_post_norm", config.norms.attn_post_norm)?,
+            mlp_norm: norm("mlp_norm", config.norms.mlp_norm)?,
+            mlp_post_norm: norm("mlp_post_norm", config.norms.mlp_post_norm)?,
+            mixer: Mixer::Attention(AttentionWeights::load(reader, config, index)?),
+            mlp: Mlp::Gated(GatedMlp::load(reader, config, index)?),
+        })
+    }
+
+    fn bytes(&self) -> u64 {
+        let norms = [&self.attn_norm, &self.attn_post_norm, &self.mlp_norm, &self.mlp_post_norm];
+        let norms: u64 = norms.into_iter().flatten().map(B::vector_bytes).sum();
+        let mixer = match &self.mixer {
+            Mixer::Attention(attention) => attention.bytes(),
+        };
+        let mlp = match &self.mlp {
+            Mlp::Gated(mlp) => mlp.bytes(),
+        };
+        norms + mixer + mlp
+    }
+}
+
+impl<B: Build> AttentionWeights<B> {
+    fn load(reader: &Reader<B>, config: &DecoderConfig, index: usize) -> Result<Self> {
+        let hidden = config.hidden_size;
         let q_rows = config.num_attention_heads * config.head_dim;
         let kv_rows = config.num_key_value_heads * config.head_dim;
         let name = |part: &str| format!("layers.{index}.{part}");
-        let has = |part: &str| Ok::<_, Error>(reader.source.meta(&name(part))?.is_some());
-        let norm = |part: &str, size: usize, wanted: bool| match wanted {
-            true => reader.vector(&name(part), size, config.norm_offset).map(Some),
-            false => Ok(None),
-        };
-
         let qkv = name("qkv_proj");
         let qkv_total = q_rows + 2 * kv_rows;
-        let fused_qkv = has("qkv_proj.weight")?;
-        let attention_input = |part: &str, start: usize, rows: usize| match fused_qkv {
+        let fused = reader.source.meta(&name("qkv_proj.weight"))?.is_some();
+        let input = |part: &str, start: usize, rows: usize| match fused {
             true => reader.linear_rows(&qkv, qkv_total, start, rows, hidden, config.qkv_bias),
             false => reader.linear(&name(part), rows, hidden, config.qkv_bias),
         };
+        let norm = |part: &str, rows: usize| {
+            let size = match config.qk_norm {
+                QkNorm::None => return Ok(None),
+                QkNorm::PerHead => config.head_dim,
+                QkNorm::WholeProjection => rows,
+            };
+            reader.vector(&name(part), size, config.norm_offset).map(Some)
+        };
+        Ok(AttentionWeights {
+            q_proj: input("q_proj", 0, q_rows)?,
+            k_proj: input("k_proj", q_rows, kv_rows)?,
+            v_proj: input("v_proj", q_rows + kv_rows, kv_rows)?,
+            o_proj: reader.linear(&name("o_proj"), hidden, q_rows, config.o_bias)?,
+            q_norm: norm("q_norm.weight", q_rows)?,
+            k_norm: norm("k_norm.weight", kv_rows)?,
+        })
+    }
+
+    fn bytes(&self) -> u64 {
+        let linears = [&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj];
+        let norms = [&self.q_norm, &self.k_norm].into_iter().flatten().map(B::vector_bytes);
+        linears.iter().map(|linear| linear.bytes()).chain(norms).sum()
+    }
+}
+
+impl<B: Build> GatedMlp<B> {
+    fn load(reader: &Reader<B>, config: &DecoderConfig, index: usize) -> Result<Self> {
+        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let name = |part: &str| format!("layers.{index}.{part}");
         let gate_up = name("gate_up_proj");
-        let fused_gate_up = has("gate_up_proj.weight")?;
-        let mlp_input = |part: &str, start: usize| match fused_gate_up {
+        let fused = reader.source.meta(&name("gate_up_proj.weight"))?.is_some();
+        let input = |part: &str, start: usize| match fused {
             true => reader.linear_rows(&gate_up, 2 * inner, start, inner, hidden, config.mlp_bias),
             false => reader.linear(&name(part), inner, hidden, config.mlp_bias),
         };
-        let (q_norm, k_norm) = match config.qk_norm {
-            QkNorm::None => (0, 0),
-            QkNorm::PerHead => (config.head_dim, config.head_dim),
-            QkNorm::WholeProjection => (q_rows, kv_rows),
-        };
-        Ok(LayerWeights {
-            attn_norm: norm("attn_norm.weight", hidden, config.norms.attn_norm)?,
-            attn_post_norm: norm("attn_post_norm.weight", hidden, config.norms.attn_post_norm)?,
-            mlp_norm: norm("mlp_norm.weight", hidden, config.norms.mlp_norm)?,
-            mlp_post_norm: norm("mlp_post_norm.weight", hidden, config.norms.mlp_post_norm)?,
-            q_proj: attention_input("q_proj", 0, q_rows)?,
-            k_proj: attention_input("k_proj", q_rows, kv_rows)?,
-            v_proj: attention_input("v_proj", q_rows + kv_rows, kv_rows)?,
-            o_proj: reader.linear(&name("o_proj"), hidden, q_rows, config.o_bias)?,
-            q_norm: norm("q_norm.weight", q_norm, q_norm > 0)?,
-            k_norm: norm("k_norm.weight", k_norm, k_norm > 0)?,
-            gate_proj: mlp_input("gate_proj", 0)?,
-            up_proj: mlp_input("up_proj", inner)?,
+        Ok(GatedMlp {
+            gate_proj: input("gate_proj", 0)?,
+            up_proj: input("up_proj", inner)?,
             down_proj: reader.linear(&name("down_proj"), hidden, inner, config.mlp_bias)?,
         })
     }
 
     fn bytes(&self) -> u64 {
-        let linears =
-            [&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj, &self.gate_proj, &self.up_proj, &self.down_proj];
-        let norms =
-            [&self.attn_norm, &self.attn_post_norm, &self.mlp_norm, &self.mlp_post_norm, &self.q_norm, &self.k_norm];
-        let norms = norms.into_iter().flatten().map(B::vector_bytes);
-        linears.iter().map(|linear| linear.bytes()).chain(norms).sum()
+        [&self.gate_proj, &self.up_proj, &self.down_proj].iter().map(|linear| linear.bytes()).sum()
+    }
+}
+
+/// Weight bytes as a plan needs them: what each part takes on a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WeightBytes {
+    /// The embedding table.
+    pub embeddings: u64,
+    /// Each layer.
+    pub layers: Vec<u64>,
+    /// Final norm and head. A tied head on the stage that has the embeddings costs nothing more, see `tied`.
+    pub head: u64,
+    /// Whether the head is the embedding table.
+    pub tied: bool,
+}
+
+impl WeightBytes {
+    /// Adds up the tensors of a model as they will be held, from headers alone.
+    pub fn of(
+        source: &dyn WeightSource,
+        config: &DecoderConfig,
+        dense_type: Option<WeightType>,
+    ) -> Result<WeightBytes> {
+        let mut bytes = WeightBytes {
+            embeddings: 0,
+            layers: vec![0; config.num_hidden_layers],
+            head: 0,
+            tied: is_tied(source, config)?,
+        };
+        for name in source.names() {
+            let Some(mut meta) = source.meta(&name)? else { continue };
+            if let Some(dense_type) = dense_type.filter(|_| meta.dtype.is_dense()) {
+                meta.dtype = dense_type;
+            }
+            let size = meta.bytes();
+            match name.strip_prefix("layers.").and_then(|rest| rest.split_once('.')) {
+                Some((layer, _)) => {
+                    if let Some(total) = layer.parse().ok().and_then(|layer: usize| bytes.layers.get_mut(layer)) {
+                        *total += size;
+                    }
+                }
+                None if name.starts_with("embed_tokens") => bytes.embeddings += size,
+                None if name.starts_with("norm") || name.starts_with("lm_head") => bytes.head += size,
+                None => {}
+            }
+        }
+        if bytes.tied {
+            bytes.head += bytes.embeddings;
+        }
+        Ok(bytes)
+    }
+
+    /// Bytes of a stage with these layers out of all.
+    pub fn stage(&self, layers: &Range<usize>) -> u64 {
+        let first = layers.start == 0;
+        let last = layers.end == self.layers.len();
+        let mut bytes = self.layers[layers.clone()].iter().sum::<u64>();
+        if first {
+            bytes += self.embeddings;
+        }
+        if last {
+            bytes += self.head;
+        }
+        if first && last && self.tied {
+            bytes -= self.embeddings;
+        }
+        bytes
     }
 }
 

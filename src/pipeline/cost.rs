@@ -17,19 +17,19 @@ use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
-use metal_ext::MetalExtOptions;
 use serde::{Deserialize, Serialize};
 
-use super::transfer::{Link, LinkOptions, WireType};
-use crate::backend::{MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOutput, StageSource, Wanted};
+use super::link::{Link, LinkOptions, WireType};
+use crate::backend::candle::activation_dtype;
+use crate::backend::{
+    MicroBatch, SequenceId, SequenceSlice, StageBackend, StageOptions, StageOutput, StageSource, Wanted,
+};
 use crate::device::{DeviceSpec, OpenDevice, hardware_name};
 use crate::error::{Error, Result};
 use crate::instrument::{Watch, WriteFailures};
-use crate::kernels::kv::KvType;
 use crate::model::config::DecoderConfig;
-use crate::model::decoder::activation_dtype;
 use crate::model::rope::Ropes;
-use crate::weights::{WeightSource, WeightType};
+use crate::weights::WeightSource;
 
 /// Rows of the prefill chunk that is measured: what an executor sends by default, or half of a short context.
 pub fn prefill_rows(context: usize) -> usize {
@@ -187,14 +187,8 @@ pub struct Subject<'a> {
     pub source: &'a Arc<dyn WeightSource>,
     /// What it is.
     pub config: &'a Arc<DecoderConfig>,
-    /// Type that F32, F16 and BF16 weights are held in.
-    pub dense_type: Option<WeightType>,
-    /// Type of keys and values on a CPU.
-    pub kv_type: KvType,
-    /// As [`PipelineOptions`](super::PipelineOptions::bf16_prompts) has it.
-    pub bf16_prompts: bool,
-    /// How metal-ext's kernels are used on Apple GPUs.
-    pub metal: MetalExtOptions,
+    /// How a stage would hold and compute it.
+    pub options: StageOptions,
     /// Positions of a sequence. Decode steps are measured in the middle, where a sequence that fills its context is on
     /// average.
     pub context: usize,
@@ -251,17 +245,17 @@ impl Subject<'_> {
     fn computes_with(&self, device: &OpenDevice) -> String {
         match (&device.cpu, device.spec) {
             (Some(cpu), _) => {
-                let prompts = if self.bf16_prompts { ", prompts in BF16" } else { "" };
-                format!(", {}, KV {}{prompts}", cpu.isa, self.kv_type)
+                let prompts = if self.options.bf16_prompts { ", prompts in BF16" } else { "" };
+                format!(", {}, KV {}{prompts}", cpu.isa, self.options.kv_type)
             }
-            (None, DeviceSpec::Metal(_)) => format!(", {:?}", self.metal),
+            (None, DeviceSpec::Metal(_)) => format!(", {:?}", self.options.metal),
             (None, _) => String::new(),
         }
     }
 
     /// Measures the link between two devices, or takes what `cache` has. What a simulated link adds is computed.
     pub fn link_cost(&self, source: &OpenDevice, target: &OpenDevice, cache: &mut CostCache) -> Result<LinkCost> {
-        let dtype = activation_dtype(&**self.source, &source.device, self.dense_type)?;
+        let dtype = activation_dtype(&**self.source, &source.device, self.options.dense_type)?;
         let hidden = self.config.hidden_size;
         let mut cost = match source.device.same_device(&target.device) {
             true => LinkCost { latency: hand_over(cache)?, ..LinkCost::default() },
@@ -302,7 +296,7 @@ impl Subject<'_> {
     fn fingerprint(&self) -> Result<u64> {
         let mut names = self.source.names();
         names.sort();
-        let mut text = format!("{:?} {:?}", self.config, self.dense_type);
+        let mut text = format!("{:?} {:?}", self.config, self.options.dense_type);
         for name in names {
             if let Some(meta) = self.source.meta(&name)? {
                 text.push_str(&format!(" {name} {} {:?}", meta.dtype, meta.shape));
@@ -356,7 +350,7 @@ impl Subject<'_> {
                 step.decode.push((rows, seconds));
                 // Every model's last layer represents its kind, and the head is behind it.
                 if layer + 1 == layers {
-                    head.decode.push((rows, (bench.decode(rows, Wanted::Logits)? - seconds).max(0.0)));
+                    head.decode.push((rows, (bench.decode(rows, Wanted::Logits { rows: 1 })? - seconds).max(0.0)));
                 }
             }
             measured.insert(layer, step);
@@ -419,10 +413,7 @@ impl Subject<'_> {
             layers,
             device: device.clone(),
             ropes: ropes.clone(),
-            dense_type: self.dense_type,
-            kv_type: self.kv_type,
-            bf16_prompts: self.bf16_prompts,
-            metal: self.metal,
+            options: self.options,
         };
         let mut backend = stage.load(&|_| {})?;
         for id in 0..sequences {
@@ -431,7 +422,7 @@ impl Subject<'_> {
         let activations = match with_embeddings {
             true => None,
             false => {
-                let dtype = activation_dtype(&**self.source, &device.device, self.dense_type)?;
+                let dtype = activation_dtype(&**self.source, &device.device, self.options.dense_type)?;
                 let rows = prefill_rows.max(sequences);
                 // Of the size that activations have; zeros could be faster than what there is in earnest.
                 let values = (0..rows * self.config.hidden_size).map(|i| ((i * 37 % 101) as f32 - 50.0) / 50.0);
@@ -450,7 +441,7 @@ impl Subject<'_> {
             typical(|| {
                 source.device.synchronize()?;
                 let began = Instant::now();
-                link.send(x.clone())?;
+                link.depart(x.clone())?.0.into_tensor(&target.device)?;
                 target.device.synchronize()?;
                 Ok(began.elapsed().as_secs_f64())
             })

@@ -3,7 +3,7 @@
 use super::HeterogeneousPipeline;
 use crate::error::Result;
 use crate::instrument::{ModelFacts, StageFacts, TensorFacts};
-use crate::model::decoder::WeightBytes;
+use crate::model::stage_weights::WeightBytes;
 
 impl HeterogeneousPipeline {
     /// The model, its stages and its weights. `kv_positions` is what the stages have KV for together.

@@ -1,11 +1,14 @@
 //! From a model and a list of devices to stages: which layers each device gets, and the threads that run them. Knows
 //! layers and activations, not what a token means.
 
-pub mod transfer;
+pub mod link;
+pub mod message;
+pub mod inbox;
 pub mod cost;
 mod facts;
 pub mod plan;
 pub mod worker;
+pub mod stages;
 
 use std::fmt;
 use std::ops::Range;
@@ -15,9 +18,10 @@ use std::sync::Arc;
 use metal_ext::MetalExtOptions;
 
 use self::cost::{CostCache, DeviceCost, LinkCost, StepSeconds, Subject};
+use self::link::LinkOptions;
 use self::plan::{Objective, Placement, Plan, PlanDevice, Problem, Workload};
-use self::transfer::LinkOptions;
-use crate::backend::StageSource;
+use crate::backend::candle::{activation_dtype, kv_dtype};
+use crate::backend::{StageOptions, StageSource};
 use crate::device::{DeviceSpec, OpenDevice, available_threads, free_memory};
 use crate::error::{Error, Result};
 use crate::instrument::WriteFailures;
@@ -25,8 +29,8 @@ use crate::kernels::kv::KvType;
 use crate::kernels::matrix;
 use crate::kernels::simd::Isa;
 use crate::model::config::DecoderConfig;
-use crate::model::decoder::{WeightBytes, activation_dtype, kv_dtype};
 use crate::model::rope::Ropes;
+use crate::model::stage_weights::WeightBytes;
 use crate::weights::gguf::GgufFile;
 use crate::weights::hub::{self, ModelFiles};
 use crate::weights::safetensors::SafetensorsDir;
@@ -99,6 +103,14 @@ pub struct PipelineOptions {
     /// do without, so a step with both goes through the weights twice, which makes prompts slower and running streams
     /// stutter. Generated tokens' KV is not reused then, see [`prefix_cache`](crate::ExecutorOptions::prefix_cache).
     pub bf16_prompts: bool,
+}
+
+impl PipelineOptions {
+    /// The part that concerns each stage by itself.
+    fn stage(&self) -> StageOptions {
+        let PipelineOptions { dtype: dense_type, kv_type, bf16_prompts, metal, .. } = *self;
+        StageOptions { dense_type, kv_type, bf16_prompts, metal }
+    }
 }
 
 /// One stage of a plan.
@@ -309,10 +321,7 @@ impl HeterogeneousPipeline {
         let subject = Subject {
             source: &self.source,
             config: &self.config,
-            dense_type: self.options.dtype,
-            kv_type: self.options.kv_type,
-            bf16_prompts: self.options.bf16_prompts,
-            metal: self.options.metal,
+            options: self.options.stage(),
             context: workload.context,
             sequences: workload.sequences,
             link: self.options.link,
@@ -460,10 +469,7 @@ impl HeterogeneousPipeline {
             layers: self.stages[stage].layers.clone(),
             device: self.devices[stage].clone(),
             ropes: self.ropes[stage].clone(),
-            dense_type: self.options.dtype,
-            kv_type: self.options.kv_type,
-            bf16_prompts: self.options.bf16_prompts,
-            metal: self.options.metal,
+            options: self.options.stage(),
         }
     }
 

@@ -1,111 +1,20 @@
-//! The stage thread: owns one [`StageBackend`], takes messages in order, passes them on. Control messages travel the
+//! The stage thread: owns one [`StageBackend`], handles messages in order and passes them on. Control messages travel the
 //! same way as the work, so a sequence is opened in a stage before its first rows arrive and closed after its last.
 
 use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::{Duration, Instant};
 
 use candle_core::Tensor;
 
-use super::transfer::{Arrival, Link};
+use super::inbox::{Delivery, Departed, Inbox, Outlet};
+use super::message::{CancelledSteps, StageFailure, StageMessage, StageReply, StepTimes};
 use crate::backend::{MicroBatch, Prediction, SequenceId, StageBackend, StageOutput};
 use crate::device::OpenDevice;
 use crate::error::{Error, Result};
-use crate::instrument::{Event, HiddenRow, Probe, StepPhases, Watcher, lens_layers};
-
-/// What a stage is told, in order.
-pub enum StageMessage {
-    /// Set KV aside.
-    Open {
-        /// The sequence.
-        id: SequenceId,
-        /// Positions it may grow to.
-        capacity: usize,
-        /// An open sequence whose first positions it begins with, and how many.
-        prefix: Option<(SequenceId, usize)>,
-    },
-    /// Compute.
-    Step {
-        /// Number of the step, for the reply.
-        step: u64,
-        /// Rows to run.
-        batch: MicroBatch,
-        /// The previous stage's output.
-        input: Option<Arrival>,
-        /// Set when nobody wants the step any more: a stage that has not begun it passes it by. Not part of the
-        /// micro-batch, which is plain data.
-        cancelled: Arc<AtomicBool>,
-        /// For the accounts.
-        times: StepTimes,
-        /// Outputs of earlier layers that somebody wants the head's view of.
-        hidden: Vec<HiddenRow>,
-    },
-    /// Free KV.
-    Close {
-        /// The sequence.
-        id: SequenceId,
-    },
-}
-
-/// Times that travel with a step.
-#[derive(Debug, Clone, Copy)]
-pub struct StepTimes {
-    /// Since when there has been work. A stage that stood idle before that was not starved: nobody wanted anything.
-    pub work_since: Instant,
-    /// When the step was handed to the stage that is to compute it.
-    pub sent: Instant,
-    /// The longest that a stage has computed it.
-    pub slowest: Duration,
-    /// Whether those who listen hear of its phases.
-    pub phases: StepPhases,
-}
-
-impl StepTimes {
-    /// Of a step that is sent now.
-    pub fn sent_now(work_since: Instant) -> Self {
-        StepTimes { work_since, sent: Instant::now(), slowest: Duration::ZERO, phases: StepPhases::default() }
-    }
-}
-
-/// What the stages answer.
-pub enum StageReply {
-    /// A step came out of the last stage, with what was wanted of it, or was passed by.
-    Done {
-        /// Number of the step.
-        step: u64,
-        /// One for each slice that wanted anything.
-        predictions: Vec<(SequenceId, Prediction)>,
-        /// The longest that a stage computed it; what bounds the rate of a full pipeline.
-        slowest: Duration,
-    },
-    /// Every stage has freed the sequence.
-    Closed {
-        /// The sequence.
-        id: SequenceId,
-    },
-    /// KV could not be set aside for a sequence.
-    OpenFailed {
-        /// The sequence.
-        id: SequenceId,
-        /// Why.
-        error: Error,
-    },
-    /// A step ended in an error and went no further.
-    StepFailed {
-        /// Number of the step.
-        step: u64,
-        /// Why.
-        error: Error,
-    },
-    /// A stage panicked and its thread has ended.
-    Died {
-        /// [`Error::StagePanicked`].
-        error: Error,
-    },
-}
+use crate::instrument::{Event, HiddenRow, Probe, Watcher, lens_layers};
 
 /// Figures that a stage publishes for others to read.
 #[derive(Debug, Default)]
@@ -130,16 +39,16 @@ pub struct StageCounters {
 
 /// Where a stage's output goes.
 pub enum Next {
-    /// To the next stage over a link.
-    Stage(SyncSender<StageMessage>, Box<Link>),
+    /// To the next stage.
+    Stage(Box<Outlet>),
     /// This is the last stage.
     Scheduler,
 }
 
 /// A stage's output on its way.
 enum Sent {
-    Activations(Arrival),
-    Predictions(Vec<Prediction>),
+    Activations(Departed),
+    Predictions(Vec<(SequenceId, Vec<Prediction>)>),
 }
 
 /// All that a stage thread is given besides its backend.
@@ -149,13 +58,15 @@ pub struct Worker {
     /// Its device.
     pub device: OpenDevice,
     /// Messages for this stage.
-    pub inbox: Receiver<StageMessage>,
+    pub inbox: Inbox,
     /// Where they go on.
     pub next: Next,
     /// Answers to the scheduler, wrapped into its own message type.
     pub replies: Box<dyn Fn(StageReply) + Send>,
     /// Published figures.
     pub counters: Arc<StageCounters>,
+    /// Steps to skip.
+    pub cancelled: Arc<CancelledSteps>,
     /// Set when the executor is dropped: what is still queued is not computed.
     pub stopping: Arc<AtomicBool>,
     /// Who listens.
@@ -200,6 +111,17 @@ fn without(
     Ok((batch, input))
 }
 
+/// Predictions of rows, by the slices that want them.
+fn of_slices(batch: &MicroBatch, predictions: Vec<Prediction>) -> Result<Vec<(SequenceId, Vec<Prediction>)>> {
+    let (found, wanted) = (predictions.len(), batch.predicted_rows().count());
+    if found != wanted {
+        return Err(Error::Tensors(format!("the last stage returned {found} predictions for {wanted} rows")));
+    }
+    let mut rest = predictions.into_iter();
+    let slices = batch.slices.iter().filter(|slice| slice.is_predicted());
+    Ok(slices.map(|slice| (slice.id, rest.by_ref().take(slice.wanted.rows()).collect())).collect())
+}
+
 impl Worker {
     /// Serves messages until the sender is gone or the backend panics. Runs on the stage's thread.
     pub fn run(self, mut backend: Box<dyn StageBackend>) {
@@ -210,21 +132,19 @@ impl Worker {
             most_rows: 0,
         };
         self.publish(&*backend);
-        while let Ok(message) = self.inbox.recv() {
+        while let Some(parcel) = self.inbox.recv() {
             if self.stopping.load(Ordering::Relaxed) {
                 return;
             }
-            // Until it is there nothing behind it is either: a link delivers in order.
-            if let StageMessage::Step { input: Some(arrival), .. } = &message {
-                arrival.wait();
-            }
+            let delivery = match parcel.open() {
+                Ok(delivery) => delivery,
+                // Which sequence or step it was about is not known, so nothing can go on.
+                Err(error) => return (self.replies)(StageReply::Died { failure: self.failure(error.to_string()) }),
+            };
             // The backend is not looked at again after a panic, so what it was in the middle of does not matter.
-            let served = catch_unwind(AssertUnwindSafe(|| self.serve(&mut *backend, message, &mut state)));
+            let served = catch_unwind(AssertUnwindSafe(|| self.serve(&mut *backend, delivery, &mut state)));
             if let Err(panic) = served {
-                let reason = panic_message(&*panic);
-                (self.replies)(StageReply::Died {
-                    error: Error::StagePanicked { stage: self.stage, device: self.device.spec.to_string(), reason },
-                });
+                (self.replies)(StageReply::Died { failure: self.failure(panic_message(&*panic)) });
                 // Dropping a backend in an unknown state may panic again; that ends here too.
                 let _ = catch_unwind(AssertUnwindSafe(move || drop(backend)));
                 return;
@@ -232,7 +152,8 @@ impl Worker {
         }
     }
 
-    fn serve(&self, backend: &mut dyn StageBackend, message: StageMessage, state: &mut State) {
+    fn serve(&self, backend: &mut dyn StageBackend, delivery: Delivery, state: &mut State) {
+        let Delivery { message, activations, sent } = delivery;
         match message {
             StageMessage::Open { id, capacity, prefix } => {
                 let opened = {
@@ -246,34 +167,47 @@ impl Worker {
                     Ok(()) => self.pass_on(StageMessage::Open { id, capacity, prefix }),
                     Err(error) => {
                         state.refused.insert(id);
-                        (self.replies)(StageReply::OpenFailed { id, error: self.failed(error) });
+                        (self.replies)(StageReply::SequenceFailed { id, failure: self.failure(error.to_string()) });
                     }
                 }
                 self.publish(backend);
             }
+            // Where it was refused it is not open, nor behind.
+            StageMessage::Truncate { id, .. } if state.refused.contains(&id) => {}
+            StageMessage::Truncate { id, length } => match backend.truncate(id, length) {
+                Ok(()) => self.pass_on(StageMessage::Truncate { id, length }),
+                Err(error) => {
+                    state.refused.insert(id);
+                    (self.replies)(StageReply::SequenceFailed { id, failure: self.failure(error.to_string()) });
+                }
+            },
             StageMessage::Close { id } => {
                 state.refused.remove(&id);
                 backend.close(id);
                 self.publish(backend);
                 match &self.next {
-                    Next::Stage(..) => self.pass_on(StageMessage::Close { id }),
+                    Next::Stage(_) => self.pass_on(StageMessage::Close { id }),
                     Next::Scheduler => (self.replies)(StageReply::Closed { id }),
                 }
             }
-            StageMessage::Step { step, cancelled, times, .. } if cancelled.load(Ordering::Relaxed) => {
+            StageMessage::Step { step, times, .. } if self.cancelled.contains(step) => {
                 (self.replies)(StageReply::Done { step, predictions: Vec::new(), slowest: times.slowest });
             }
-            StageMessage::Step { step, batch, input, cancelled, mut times, hidden } => {
+            StageMessage::Step { step, batch, mut times, hidden } => {
                 // While another stage has the device's turn, this one waits and does not compute. The turn ends before
                 // anything is handed on: a full inbox may belong to a stage on the same device.
                 let turn = self.device.turns.take();
                 let received = Instant::now();
-                let wait = received.saturating_duration_since(state.idle_since.max(times.work_since));
-                let queued = received.saturating_duration_since(times.sent);
+                let work_since = sent.checked_sub(times.working).unwrap_or(sent);
+                let wait = received.saturating_duration_since(state.idle_since.max(work_since));
+                let queued = received.saturating_duration_since(sent);
                 let rows = batch.tokens.len();
                 let mut watch = state.watcher.watch(step, hidden, &mut times.phases);
                 let forward = |backend: &mut dyn StageBackend| {
-                    let (batch, input) = without(&state.refused, batch, input.map(Arrival::into_activations))?;
+                    batch.validate()?;
+                    let input =
+                        activations.map(|activations| activations.into_tensor(&self.device.device)).transpose()?;
+                    let (batch, input) = without(&state.refused, batch, input)?;
                     if batch.slices.is_empty() {
                         return Err(Error::Tensors("none of the step's sequences could be opened".into()));
                     }
@@ -287,23 +221,18 @@ impl Worker {
                 let computed = Instant::now();
                 let compute = computed - received;
                 let bytes = match (&output, &self.next) {
-                    (Ok((_, StageOutput::Activations(x))), Next::Stage(..)) => {
+                    (Ok((_, StageOutput::Activations(x))), Next::Stage(_)) => {
                         x.elem_count() * x.dtype().size_in_bytes()
                     }
                     _ => 0,
                 } as u64;
-                let sent = match (output, &self.next) {
-                    (Ok((batch, StageOutput::Activations(x))), Next::Stage(_, link)) => {
-                        link.send(x).map(|x| (batch, Sent::Activations(x)))
+                let output = match (output, &self.next) {
+                    (Ok((batch, StageOutput::Activations(x))), Next::Stage(next)) => {
+                        next.depart(x).map(|departed| (batch, Sent::Activations(departed)))
                     }
-                    (Ok((_, StageOutput::Activations(_))), Next::Scheduler) => {
-                        Err(Error::Tensors("the last stage returned activations instead of logits".into()))
-                    }
-                    (Ok((batch, StageOutput::Logits(logits))), _) => {
-                        Ok((batch, Sent::Predictions(logits.into_iter().map(Prediction::Logits).collect())))
-                    }
-                    (Ok((batch, StageOutput::Predictions(predictions))), _) => {
-                        Ok((batch, Sent::Predictions(predictions)))
+                    (Ok((batch, output)), _) => {
+                        let predictions = output.into_predictions().and_then(|all| of_slices(&batch, all));
+                        predictions.map(|predictions| (batch, Sent::Predictions(predictions)))
                     }
                     (Err(error), _) => Err(error),
                 };
@@ -334,30 +263,40 @@ impl Worker {
                     state.most_rows = rows;
                     self.publish(backend);
                 }
-                times = StepTimes { sent: state.idle_since, slowest: times.slowest.max(compute), ..times };
-                match sent {
-                    Ok((batch, Sent::Activations(arrival))) => {
-                        let input = Some(arrival);
-                        self.pass_on(StageMessage::Step { step, batch, input, cancelled, times, hidden });
+                let working = state.idle_since.saturating_duration_since(work_since);
+                times = StepTimes { working, slowest: times.slowest.max(compute), ..times };
+                match output {
+                    Ok((batch, Sent::Activations(departed))) => {
+                        let message = StageMessage::Step { step, batch, times, hidden };
+                        self.send(message, Some(departed), state.idle_since);
                     }
-                    Ok((batch, Sent::Predictions(predictions))) => {
+                    Ok((_, Sent::Predictions(predictions))) => {
                         self.tell_lens(backend, step, &mut hidden);
-                        let wanted = batch.slices.iter().filter(|slice| slice.is_predicted()).map(|slice| slice.id);
-                        let predictions = wanted.zip(predictions).collect();
                         (self.replies)(StageReply::Done { step, predictions, slowest: times.slowest });
                     }
-                    Err(error) => (self.replies)(StageReply::StepFailed { step, error: self.failed(error) }),
+                    Err(error) => self.fail_step(step, error),
                 }
             }
         }
     }
 
     fn pass_on(&self, message: StageMessage) {
-        if let Next::Stage(sender, _) = &self.next {
-            // A closed channel means that the next stage has died or everything is being shut down. The scheduler
-            // hears of the former from that stage itself.
-            let _ = sender.send(message);
+        self.send(message, None, Instant::now());
+    }
+
+    fn send(&self, message: StageMessage, departed: Option<Departed>, sent: Instant) {
+        let Next::Stage(next) = &self.next else { return };
+        let step = if let StageMessage::Step { step, .. } = &message { Some(*step) } else { None };
+        if let Err(error) = next.send(message, departed, sent) {
+            match step {
+                Some(step) => self.fail_step(step, error),
+                None => (self.replies)(StageReply::Died { failure: self.failure(error.to_string()) }),
+            }
         }
+    }
+
+    fn fail_step(&self, step: u64, error: Error) {
+        (self.replies)(StageReply::StepFailed { step, failure: self.failure(error.to_string()) });
     }
 
     /// Tells what each layer would have said, in the rows that were gathered on the way.
@@ -395,8 +334,8 @@ impl Worker {
         self.counters.kv_bytes.store(bytes.kv, Ordering::Relaxed);
     }
 
-    fn failed(&self, error: Error) -> Error {
-        Error::StageFailed { stage: self.stage, device: self.device.spec.to_string(), reason: error.to_string() }
+    fn failure(&self, reason: String) -> StageFailure {
+        StageFailure { stage: self.stage, device: self.device.spec.to_string(), reason }
     }
 }
 
@@ -409,16 +348,12 @@ pub fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
     }
 }
 
-/// The sending half of a stage's inbox and the receiving one. Bounded: a stage that falls behind holds up the one before.
-pub fn inbox(messages: usize) -> (SyncSender<StageMessage>, Receiver<StageMessage>) {
-    std::sync::mpsc::sync_channel(messages)
-}
-
 #[cfg(test)]
 mod tests {
     use candle_core::{DType, Device};
 
-    use super::super::transfer::LinkOptions;
+    use super::super::inbox::inbox;
+    use super::super::link::{Link, LinkOptions};
     use super::*;
     use crate::backend::{SequenceSlice, StageBytes, Wanted};
     use crate::device::{DeviceSpec, Turns};
@@ -437,6 +372,10 @@ mod tests {
         }
 
         fn fork(&mut self, _: SequenceId, _: SequenceId, _: usize, _: usize) -> Result<()> {
+            Ok(())
+        }
+
+        fn truncate(&mut self, _: SequenceId, _: usize) -> Result<()> {
             Ok(())
         }
 
@@ -466,11 +405,11 @@ mod tests {
     fn overlaps_of_two_stages(turns: [Turns; 2]) -> u64 {
         let (computing, overlaps) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
         let devices = turns.map(|turns| OpenDevice { spec: DeviceSpec::CPU, device: Device::Cpu, cpu: None, turns });
-        let (to_first, first_inbox) = inbox(2);
-        let (to_second, second_inbox) = inbox(2);
         let link = Link::new(&devices[0], &devices[1], LinkOptions::default()).unwrap();
+        let (to_first, first_inbox) = inbox(2, None, false);
+        let (to_second, second_inbox) = inbox(2, Some(link), false);
         let (replies, answers) = std::sync::mpsc::channel();
-        let ways = [(first_inbox, Next::Stage(to_second, Box::new(link))), (second_inbox, Next::Scheduler)];
+        let ways = [(first_inbox, Next::Stage(Box::new(to_second))), (second_inbox, Next::Scheduler)];
         let threads: Vec<_> = ways
             .into_iter()
             .zip(devices)
@@ -485,6 +424,7 @@ mod tests {
                     next,
                     replies: Box::new(move |reply| replies.send(reply).unwrap()),
                     counters: Arc::default(),
+                    cancelled: Arc::default(),
                     stopping: Arc::default(),
                     probe: Probe::default(),
                 };
@@ -493,21 +433,20 @@ mod tests {
             .collect();
         let sender = std::thread::spawn(move || {
             for step in 0..20 {
-                let (id, wanted) = (SequenceId(1), Wanted::Best(1));
+                let (id, wanted) = (SequenceId(1), Wanted::Best { rows: 1, k: 1 });
                 let position = step as usize;
                 let slice = SequenceSlice { id, position, len: 1, length: position + 1, decode: true, wanted };
                 let batch = MicroBatch { slices: vec![slice], tokens: vec![0] };
-                let times = StepTimes::sent_now(Instant::now());
-                let (cancelled, hidden) = (Arc::default(), Vec::new());
-                let message = StageMessage::Step { step, batch, input: None, cancelled, times, hidden };
-                to_first.send(message).unwrap();
+                let times = StepTimes::new(Duration::ZERO);
+                let message = StageMessage::Step { step, batch, times, hidden: Vec::new() };
+                to_first.send(message, None, Instant::now()).unwrap();
             }
         });
         for step in 0..20 {
             // Stages that waited for each other would never answer.
             match answers.recv_timeout(Duration::from_secs(20)).expect("an answer") {
                 StageReply::Done { step: done, predictions, .. } => {
-                    assert_eq!((done, predictions), (step, vec![(SequenceId(1), Prediction::Logits(vec![0.0]))]));
+                    assert_eq!((done, predictions), (step, vec![(SequenceId(1), vec![Prediction::Logits(vec![0.0])])]));
                 }
                 _ => panic!("step {step} failed"),
             }

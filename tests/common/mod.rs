@@ -119,6 +119,10 @@ impl StageBackend for Meddled {
         self.inner.fork(from, to, len, capacity)
     }
 
+    fn truncate(&mut self, id: SequenceId, length: usize) -> Result<()> {
+        self.inner.truncate(id, length)
+    }
+
     fn close(&mut self, id: SequenceId) {
         self.inner.close(id);
     }

@@ -66,7 +66,8 @@ pub fn source_of(device: DeviceSpec, file: &str) -> StageSource {
 
 /// The stage's decode step of one sequence; its logits.
 pub fn step(backend: &mut dyn StageBackend, id: SequenceId, token: u32, position: usize) -> Vec<f32> {
-    let slice = SequenceSlice { id, position, len: 1, length: position + 1, decode: true, wanted: Wanted::Logits };
+    let slice =
+        SequenceSlice { id, position, len: 1, length: position + 1, decode: true, wanted: Wanted::Logits { rows: 1 } };
     match backend.forward(&MicroBatch { slices: vec![slice], tokens: vec![token] }, None, &mut Watch::off()).unwrap() {
         StageOutput::Logits(mut logits) => logits.remove(0),
         _ => unreachable!("a whole model returns logits"),

@@ -1,7 +1,7 @@
 //! From a layer's q, k and v to attention's output.
 
 use super::layer::{Row, unsupported};
-use super::{AngleTable, LayerShape, LayerWeights, Scratch, stride};
+use super::{AngleTable, FusedLayer, LayerShape, Scratch, stride};
 use crate::attention::{Attention, AttentionShape, KvRows};
 use crate::encoder::{Encoder, Region};
 use crate::error::Result;
@@ -55,7 +55,7 @@ impl LayerShape {
 pub(super) fn encode<E: Encoder>(
     encoder: &mut E,
     index: usize,
-    (shape, weights): (&LayerShape, &LayerWeights<E::Buffer>),
+    (shape, weights): (&LayerShape, &FusedLayer<E::Buffer>),
     rows: &[Row<'_, E::Buffer>],
     scratch: &Scratch<E::Buffer>,
 ) -> Result<()> {

@@ -49,7 +49,7 @@ impl<B> Candidates<B> {
     }
 
     /// Encodes the search for the `k` most likely tokens, at most [`most_candidates`], of the step's rows `rows`, in
-    /// ascending order, in `logits` as [`Stage::encode`](super::Stage::encode) leaves them.
+    /// ascending order, in `logits` as [`FusedStage::encode`](super::FusedStage::encode) leaves them.
     pub fn encode<E: Encoder<Buffer = B>>(
         &self,
         encoder: &mut E,

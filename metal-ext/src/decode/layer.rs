@@ -1,6 +1,6 @@
 //! One layer of a decode step.
 
-use super::{LayerShape, LayerWeights, Matrix, Scratch, attention, stride};
+use super::{FusedLayer, FusedMatrix, LayerShape, Scratch, attention, stride};
 use crate::encoder::{Encoder, Region};
 use crate::error::{Error, Result};
 use crate::gemv::{Finish, Gemv, Norm, PackedMatrix};
@@ -35,7 +35,7 @@ pub(super) fn unsupported(reason: String) -> Error {
     Error::unsupported("fused decode", reason)
 }
 
-impl<B> LayerWeights<B> {
+impl<B> FusedLayer<B> {
     /// Refuses weights that the fused path does not take, by name.
     pub fn check(&self, shape: &LayerShape) -> Result<()> {
         let (hidden, inner) = (shape.hidden_size, shape.intermediate_size);
@@ -63,7 +63,7 @@ impl<B> LayerWeights<B> {
 
 /// A product before it is told which rows and what becomes of it.
 struct Projection<'a, B> {
-    matrices: &'a [&'a Matrix<B>],
+    matrices: &'a [&'a FusedMatrix<B>],
     /// The input's buffer; its rows are `k` floats.
     x: &'a B,
     y: &'a B,
@@ -102,7 +102,7 @@ impl<B> Projection<'_, B> {
 pub(super) fn encode<E: Encoder>(
     encoder: &mut E,
     index: usize,
-    (shape, weights): (&LayerShape, &LayerWeights<E::Buffer>),
+    (shape, weights): (&LayerShape, &FusedLayer<E::Buffer>),
     x: &E::Buffer,
     rows: &[Row<'_, E::Buffer>],
     scratch: &Scratch<E::Buffer>,
@@ -152,7 +152,7 @@ fn norm<'a, B>(gamma: &'a Option<B>, shape: &LayerShape) -> Option<Norm<'a, B>> 
 
 /// What is added to the residual stream.
 struct Branch<'a, B> {
-    projection: &'a Matrix<B>,
+    projection: &'a FusedMatrix<B>,
     bias: &'a Option<B>,
     input: &'a B,
     post_norm: Option<Norm<'a, B>>,

@@ -102,7 +102,7 @@ impl LayerShape {
 
 /// A packed matrix that is kept in a buffer.
 #[derive(Debug, Clone)]
-pub struct Matrix<B> {
+pub struct FusedMatrix<B> {
     /// Its parts.
     pub layout: MatrixLayout,
     /// The buffer.
@@ -111,7 +111,7 @@ pub struct Matrix<B> {
     pub offset: usize,
 }
 
-impl<B> Matrix<B> {
+impl<B> FusedMatrix<B> {
     fn packed(&self) -> PackedMatrix<'_, B> {
         PackedMatrix { layout: self.layout, buffer: &self.buffer, offset: self.offset }
     }
@@ -120,46 +120,46 @@ impl<B> Matrix<B> {
 /// A layer's weights. Vectors are F32.
 #[derive(Debug, Clone)]
 #[allow(missing_docs)] // the names are those of the model's tensors
-pub struct LayerWeights<B> {
+pub struct FusedLayer<B> {
     pub attn_norm: Option<B>,      // (hidden_size)
     pub attn_post_norm: Option<B>, // (hidden_size)
     pub mlp_norm: Option<B>,       // (hidden_size)
     pub mlp_post_norm: Option<B>,  // (hidden_size)
-    pub q_proj: Matrix<B>,
-    pub k_proj: Matrix<B>,
-    pub v_proj: Matrix<B>,
+    pub q_proj: FusedMatrix<B>,
+    pub k_proj: FusedMatrix<B>,
+    pub v_proj: FusedMatrix<B>,
     /// Of q, k and v, one after the other.
     pub qkv_bias: Option<B>,
     pub q_norm: Option<B>, // (head_dim), or (q_width) over the whole projection
     pub k_norm: Option<B>, // (head_dim), or (kv_width)
-    pub o_proj: Matrix<B>,
+    pub o_proj: FusedMatrix<B>,
     pub o_bias: Option<B>,
-    pub gate_proj: Matrix<B>,
-    pub up_proj: Matrix<B>,
+    pub gate_proj: FusedMatrix<B>,
+    pub up_proj: FusedMatrix<B>,
     /// Of gate and up, one after the other.
     pub gate_up_bias: Option<B>,
-    pub down_proj: Matrix<B>,
+    pub down_proj: FusedMatrix<B>,
     pub down_bias: Option<B>,
 }
 
 /// Final norm and head.
 #[derive(Debug, Clone)]
-pub struct HeadWeights<B> {
+pub struct FusedHead<B> {
     /// (hidden_size)
     pub norm: B,
     /// Of the norm.
     pub rms_norm_eps: f32,
     /// To the vocabulary.
-    pub projection: Matrix<B>,
+    pub projection: FusedMatrix<B>,
 }
 
 /// A run of layers, and the head behind the last.
 #[derive(Debug, Clone)]
-pub struct Stage<B> {
+pub struct FusedStage<B> {
     /// The layers, in order.
-    pub layers: Vec<(LayerShape, LayerWeights<B>)>,
+    pub layers: Vec<(LayerShape, FusedLayer<B>)>,
     /// Of the last run only.
-    pub head: Option<HeadWeights<B>>,
+    pub head: Option<FusedHead<B>>,
 }
 
 /// The buffers of a step; they are made once for the most rows that a step has.
@@ -199,7 +199,7 @@ pub fn stride(width: usize) -> usize {
     width.next_multiple_of(4)
 }
 
-impl<B> Stage<B> {
+impl<B> FusedStage<B> {
     /// What steps of up to `rows` rows need.
     pub fn scratch_bytes(&self, rows: usize) -> ScratchBytes {
         let mut bytes = ScratchBytes { partials: 16, logits: 16, ..ScratchBytes::default() };

@@ -18,6 +18,7 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 use crate::error::{Error, Result};
 use crate::executor::options::{GenerationOptions, TokenLogprob};
+use crate::kernels::best::{best_tokens, key, logit_of, token_of};
 use crate::kernels::simd::{Isa, Ordinary};
 use crate::model::config::SuppressedTokens;
 
@@ -389,59 +390,6 @@ pub fn check_finite(logits: &[f32]) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Leaves the keys of the `k` most likely tokens in `keys`, in no order.
-///
-/// Tokens that cannot be among them any more are skipped sixteen at a time; of the others, those beyond the best `k`
-/// are thrown away whenever twice as many have come together.
-fn best_tokens(logits: &[f32], k: usize, keys: &mut Vec<u64>) {
-    keys.clear();
-    if k == 0 {
-        return;
-    }
-    let first = k.min(logits.len());
-    keys.extend(logits[..first].iter().enumerate().map(|(token, &logit)| key(logit, token as u32)));
-    let limit = k.saturating_mul(2).max(k.saturating_add(128));
-    let mut threshold = keys.iter().max().map_or(f32::NEG_INFINITY, |&worst| logit_of(worst));
-    for (i, chunk) in logits[first..].chunks(LANES).enumerate() {
-        // An equal logit at a higher id comes after all that are kept.
-        if !chunk.iter().fold(false, |any, &logit| any | (logit > threshold)) {
-            continue;
-        }
-        for (j, &logit) in chunk.iter().enumerate() {
-            if logit > threshold {
-                keys.push(key(logit, (first + i * LANES + j) as u32));
-            }
-        }
-        if keys.len() >= limit {
-            let (_, &mut worst, _) = keys.select_nth_unstable(k - 1);
-            threshold = logit_of(worst);
-            keys.truncate(k);
-        }
-    }
-    if keys.len() > k {
-        keys.select_nth_unstable(k - 1);
-        keys.truncate(k);
-    }
-}
-
-/// A number that orders tokens: the most likely first, the lowest id first among equals.
-fn key(logit: f32, token: u32) -> u64 {
-    // Adding 0 makes minus zero zero. The bits of positive floats are ordered as they are, those of negative ones the
-    // other way round.
-    let bits = (logit + 0.0).to_bits();
-    let ascending = if bits >> 31 == 0 { bits | 0x8000_0000 } else { !bits };
-    (u64::from(!ascending) << 32) | u64::from(token)
-}
-
-fn token_of(key: u64) -> u32 {
-    key as u32
-}
-
-fn logit_of(key: u64) -> f32 {
-    let ascending = !((key >> 32) as u32);
-    f32::from_bits(if ascending >> 31 == 1 { ascending & 0x7fff_ffff } else { !ascending })
 }
 
 /// `weights[i] = exp((logits[i] - max) * scale)`, and the sum of each block of them. `max` and `scale` are finite.

@@ -28,8 +28,8 @@ mod sequence;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvError, RecvTimeoutError, SyncSender};
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvError, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use self::batch::{Composition, TokenBudget, compose, decode_rows};
@@ -41,7 +41,9 @@ use crate::backend::{MicroBatch, Prediction, SequenceId, SequenceSlice, Wanted};
 use crate::error::Error;
 use crate::instrument::{Event, KvState, Outcome, Probe, StepOutcome, StepSlice};
 use crate::model::config::SuppressedTokens;
-use crate::pipeline::worker::{StageMessage, StageReply, StepTimes, panic_message};
+use crate::pipeline::inbox::Outlet;
+use crate::pipeline::message::{CancelledSteps, StageMessage, StageReply, StepTimes};
+use crate::pipeline::worker::panic_message;
 
 /// What the scheduler hears.
 pub enum Message {
@@ -106,8 +108,16 @@ struct Step {
     slices: Vec<SequenceSlice>,
     decode_rows: usize,
     prefill_rows: usize,
-    /// Tells the stages to pass it by.
-    cancelled: Arc<AtomicBool>,
+}
+
+/// How the scheduler is reached and how it reaches the stages.
+pub struct Ways {
+    /// Messages to the scheduler.
+    pub inbox: Receiver<Message>,
+    /// The way into the first stage. Dropping it ends the stages one after the other.
+    pub first_stage: Outlet,
+    /// Steps that the stages are to skip.
+    pub cancelled: Arc<CancelledSteps>,
 }
 
 /// An admitted request whose beginning another one is computing.
@@ -118,11 +128,10 @@ struct Follower {
     len: usize,
 }
 
-/// The scheduler's state. It owns the way into the first stage; dropping it ends the stages one after the other.
+/// The scheduler's state.
 pub struct Scheduler {
     limits: Limits,
-    inbox: Receiver<Message>,
-    first_stage: SyncSender<StageMessage>,
+    ways: Ways,
     probe: Probe,
     waiting: VecDeque<Request>,
     active: BTreeMap<SequenceId, Sequence>,
@@ -160,8 +169,7 @@ impl Scheduler {
     /// A scheduler with nothing to do. `failed` is set when a stage dies, for the handles to see.
     pub fn new(
         limits: Limits,
-        inbox: Receiver<Message>,
-        first_stage: SyncSender<StageMessage>,
+        ways: Ways,
         probe: Probe,
         prefix_counters: Arc<PrefixCounters>,
         failed: Arc<std::sync::OnceLock<Error>>,
@@ -170,8 +178,7 @@ impl Scheduler {
             budget: TokenBudget::new(limits.prefill_chunk, limits.token_budget, limits.rows_at_a_time),
             prefixes: PrefixCache::new(limits.prefix_cache),
             limits,
-            inbox,
-            first_stage,
+            ways,
             probe,
             waiting: VecDeque::new(),
             active: BTreeMap::new(),
@@ -208,7 +215,7 @@ impl Scheduler {
         }
         self.fail_all(&error);
         // Requests that arrived too late to be heard end as well, with the same cause.
-        for message in self.inbox.try_iter() {
+        for message in self.ways.inbox.try_iter() {
             if let Message::Submit(requests) = message {
                 self.refuse(requests, &error);
             }
@@ -235,7 +242,7 @@ impl Scheduler {
             return false;
         }
         // What has arrived in the meantime is heard before the next micro-batch is composed.
-        while let Ok(message) = self.inbox.try_recv() {
+        while let Ok(message) = self.ways.inbox.try_recv() {
             if !self.handle(message) {
                 return false;
             }
@@ -249,21 +256,29 @@ impl Scheduler {
 
     /// Waits for a message, or with `None` for the next deadline.
     fn next_message(&self) -> std::result::Result<Option<Message>, RecvError> {
-        let Some((deadline, _)) = self.deadlines.first() else { return self.inbox.recv().map(Some) };
-        match self.inbox.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+        let Some((deadline, _)) = self.deadlines.first() else { return self.ways.inbox.recv().map(Some) };
+        match self.ways.inbox.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             Ok(message) => Ok(Some(message)),
             Err(RecvTimeoutError::Timeout) => Ok(None),
             Err(RecvTimeoutError::Disconnected) => Err(RecvError),
         }
     }
 
+    /// Nothing can be computed any more.
+    fn die(&mut self, error: Error) {
+        // The first death is the cause; others follow from it.
+        let error = self.dead.get_or_insert(error).clone();
+        let _ = self.failed.set(error.clone());
+        self.fail_all(&error);
+    }
+
     fn fail_all(&mut self, error: &Error) {
         // A step whose requests were all cancelled has not failed, whatever ends it.
-        let outcome = |step: &Step| match step.cancelled.load(Ordering::Relaxed) {
+        let outcome = |step| match self.ways.cancelled.contains(step) {
             true => StepOutcome::Unwanted,
             false => StepOutcome::Failed,
         };
-        let ended: Vec<_> = self.steps.drain().map(|(number, step)| (number, outcome(&step))).collect();
+        let ended: Vec<_> = self.steps.drain().map(|(number, _)| (number, outcome(number))).collect();
         for (_, sequence) in std::mem::take(&mut self.active) {
             self.emit_finished(&sequence, Outcome::Error(error.kind()));
             let _ = sequence.request.events.send(Err(error.clone()));
@@ -308,27 +323,28 @@ impl Scheduler {
             Message::Stage(StageReply::Closed { id }) => {
                 self.kv_used -= self.closing.remove(&id).unwrap_or(0);
             }
-            Message::Stage(StageReply::OpenFailed { id, error }) => self.fail(id, error),
-            Message::Stage(StageReply::StepFailed { step, error }) => {
+            Message::Stage(StageReply::SequenceFailed { id, failure }) => self.fail(id, failure.into_failed()),
+            Message::Stage(StageReply::StepFailed { step, failure }) => {
+                let error = failure.into_failed();
+                self.ways.cancelled.forget(step);
                 if let Some(failed) = self.steps.remove(&step) {
                     failed.slices.iter().for_each(|slice| self.fail(slice.id, error.clone()));
                     self.probe.emit(|| Event::StepFinished { step, outcome: StepOutcome::Failed });
                 }
             }
-            Message::Stage(StageReply::Died { error }) => {
-                // The first death is the cause; others follow from it.
-                let error = self.dead.get_or_insert(error).clone();
-                let _ = self.failed.set(error.clone());
-                self.fail_all(&error);
+            Message::Stage(StageReply::Died { failure }) => {
+                let error = failure.into_panicked();
+                self.die(error);
             }
         }
         true
     }
 
     /// A step has left the stages. Some of its sequences may have ended in the meantime.
-    fn landed(&mut self, number: u64, predictions: Vec<(SequenceId, Prediction)>, slowest: Duration) {
+    fn landed(&mut self, number: u64, predictions: Vec<(SequenceId, Vec<Prediction>)>, slowest: Duration) {
+        self.ways.cancelled.forget(number);
         let Some(step) = self.steps.remove(&number) else { return };
-        let mut predictions: HashMap<SequenceId, Prediction> = predictions.into_iter().collect();
+        let mut predictions: HashMap<SequenceId, Vec<Prediction>> = predictions.into_iter().collect();
         let mut wanted = false;
         for slice in step.slices {
             // One that still runs kept the step from being passed by, so it has been computed.
@@ -336,9 +352,10 @@ impl Scheduler {
             sequence.computed = slice.position + slice.len;
             wanted = true;
             let wrong = |what: &str| Error::Tensors(format!("the last stage returned {what}"));
-            match (slice.wanted, predictions.remove(&slice.id)) {
+            // Of the last row alone: there is no draft to check.
+            match (slice.wanted, predictions.remove(&slice.id).and_then(|mut rows| rows.pop())) {
                 (Wanted::Nothing, _) => {}
-                (Wanted::Logits, Some(Prediction::Best(_))) => {
+                (Wanted::Logits { .. }, Some(Prediction::Best(_))) => {
                     self.fail(slice.id, wrong("the most likely tokens where all logits were wanted"));
                 }
                 (_, Some(prediction)) => self.sample(slice.id, &prediction),
@@ -451,8 +468,8 @@ impl Scheduler {
             self.prefix_counters.reused_tokens.fetch_add(tokens as u64, Ordering::Relaxed);
             self.probe.emit(|| Event::PrefixReused { request: id.0, tokens });
         }
-        self.send(StageMessage::Open { id, capacity, prefix });
         self.prefills.push_back(id);
+        self.send(StageMessage::Open { id, capacity, prefix });
     }
 
     /// Begins those whose leader has computed what they share with it, or has ended.
@@ -571,25 +588,30 @@ impl Scheduler {
         }
         let step = self.next_step;
         self.next_step += 1;
-        let cancelled = Arc::<AtomicBool>::default();
         let in_flight = Step {
             slices: batch.slices.clone(),
             decode_rows: composition.decodes,
             prefill_rows: composition.chunks.iter().sum(),
-            cancelled: cancelled.clone(),
         };
         self.steps.insert(step, in_flight);
-        let times = StepTimes::sent_now(self.work_since);
+        let sent = Instant::now();
+        let times = StepTimes::new(sent.saturating_duration_since(self.work_since));
         // Empty where the probe was resumed just now.
         if !told.is_empty() {
-            self.probe.emit_at(times.sent, || Event::StepSent { step, slices: told });
+            self.probe.emit_at(sent, || Event::StepSent { step, slices: told });
         }
-        self.send(StageMessage::Step { step, batch, input: None, cancelled, times, hidden: Vec::new() });
+        self.send_at(StageMessage::Step { step, batch, times, hidden: Vec::new() }, sent);
     }
 
-    fn send(&self, message: StageMessage) {
-        // The first stage is gone only when it has died, and then its own message says so.
-        let _ = self.first_stage.send(message);
+    fn send(&mut self, message: StageMessage) {
+        self.send_at(message, Instant::now());
+    }
+
+    fn send_at(&mut self, message: StageMessage, sent: Instant) {
+        // Without activations nothing of it can fail but the encoding, and only where messages are bytes.
+        if let Err(error) = self.ways.first_stage.send(message, None, sent) {
+            self.die(error);
+        }
     }
 
     /// Chooses a sequence's next token and tells its caller; ends it or makes it ready for the next step.
@@ -621,6 +643,7 @@ impl Scheduler {
             Ok(None) if self.limits.recompute_at == Some(sequence.tokens.len()) => {
                 (sequence.sent, sequence.computed, sequence.decoding) = (0, 0, false);
                 self.prefills.push_back(id);
+                self.send(StageMessage::Truncate { id, length: 0 });
             }
             Ok(None) => {
                 sequence.decoding = true;
@@ -638,9 +661,9 @@ impl Scheduler {
         self.prefills.retain(|ready| *ready != id);
         self.followers.retain(|follower| follower.id != id);
         self.forget_deadline(&sequence.request);
-        for step in self.steps.values() {
+        for (number, step) in &self.steps {
             if step.slices.iter().all(|slice| !self.active.contains_key(&slice.id)) {
-                step.cancelled.store(true, Ordering::Relaxed);
+                self.ways.cancelled.cancel(*number);
             }
         }
         Some(sequence)
@@ -705,9 +728,10 @@ impl Scheduler {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc::{channel, sync_channel};
+    use std::sync::mpsc::channel;
 
     use super::*;
+    use crate::pipeline::inbox::inbox;
 
     /// Memory that is seen to be freed must not be said to be kept any more.
     #[test]
@@ -729,10 +753,10 @@ mod tests {
             own_rotations_from: None,
         };
         // Without room: the scheduler goes on when the stage has taken a message.
-        let (first_stage, stage) = sync_channel(0);
+        let (first_stage, stage) = inbox(0, None, false);
         let counters = Arc::<PrefixCounters>::default();
-        let mut scheduler =
-            Scheduler::new(limits, channel().1, first_stage, Probe::default(), counters.clone(), Arc::default());
+        let ways = Ways { inbox: channel().1, first_stage, cancelled: Arc::default() };
+        let mut scheduler = Scheduler::new(limits, ways, Probe::default(), counters.clone(), Arc::default());
         for id in 1..=2 {
             let tokens = (id as u32 * 50..).take(30).collect();
             scheduler.prefixes.insert(Retained {
@@ -747,7 +771,8 @@ mod tests {
         assert_eq!(kept(), 80);
         let clearing = std::thread::spawn(move || scheduler.handle(Message::ClearPrefixes));
         for id in 1..=2 {
-            assert!(matches!(stage.recv(), Ok(StageMessage::Close { id: SequenceId(closed) }) if closed == id));
+            let message = stage.recv().unwrap().open().unwrap().message;
+            assert_eq!(message, StageMessage::Close { id: SequenceId(id) });
             assert_eq!(kept(), 0);
         }
         assert!(clearing.join().unwrap());

@@ -198,8 +198,8 @@ impl Sequence {
     pub fn wanted(&self) -> Wanted {
         let reported = self.request.options.prompt_logits && self.generated() == 0;
         match self.sampler.enough() {
-            Some(k) if !reported => Wanted::Best(k),
-            _ => Wanted::Logits,
+            Some(k) if !reported => Wanted::Best { rows: 1, k },
+            _ => Wanted::Logits { rows: 1 },
         }
     }
 

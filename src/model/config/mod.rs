@@ -13,17 +13,7 @@ use std::path::Path;
 
 use super::family::Family;
 use crate::error::{Error, Result};
-
-/// The function between gate and up projection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Activation {
-    /// `x * sigmoid(x)`.
-    Silu,
-    /// GELU with the error function.
-    Gelu,
-    /// GELU by its tanh approximation.
-    GeluTanh,
-}
+pub use crate::kernels::ops::Activation;
 
 impl Activation {
     /// The function that files call `name`.
@@ -299,6 +289,28 @@ impl DecoderConfig {
             rope.scaling.validate(path, name, dim, &above_zero)?;
         }
         Ok(())
+    }
+}
+
+impl DecoderConfig {
+    /// Length of a sequence at which all its rotations change, so that its KV must be computed anew: LongRoPE's first
+    /// length past the trained one. `None` where they never do.
+    pub fn rotations_change_at(&self) -> Option<usize> {
+        match self.rope.scaling {
+            RopeScaling::LongRope { original_max_position_embeddings, .. } => {
+                Some(original_max_position_embeddings + 1)
+            }
+            _ => None,
+        }
+    }
+
+    /// Length from which a sequence's rotations are its own, since they depend on the length at which each position was
+    /// computed: with dynamic NTK, past the trained length. `None` where they never do.
+    pub fn rotations_follow_length_from(&self) -> Option<usize> {
+        match self.rope.scaling {
+            RopeScaling::Dynamic { original_max_position_embeddings, .. } => Some(original_max_position_embeddings + 1),
+            _ => None,
+        }
     }
 }
 

@@ -23,7 +23,7 @@ use super::cost::{DeviceCost, LinkCost, prefill_rows};
 use super::human_bytes;
 use crate::device::DeviceSpec;
 use crate::error::{Error, Result};
-use crate::model::decoder::WeightBytes;
+use crate::model::stage_weights::WeightBytes;
 use crate::weights::WeightType;
 
 /// Devices that a measured plan chooses among at most: each choice of them is tried.

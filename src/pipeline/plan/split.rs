@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::error::{Error, Result};
-use crate::model::decoder::WeightBytes;
+use crate::model::stage_weights::WeightBytes;
 
 /// Layers `0..layers` cut into runs of the given lengths, one for each device.
 pub fn given_split(layers: usize, counts: &[usize], devices: usize) -> Result<Vec<Range<usize>>> {

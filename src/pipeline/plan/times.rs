@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::Problem;
-use crate::model::decoder::WeightBytes;
+use crate::model::stage_weights::WeightBytes;
 use crate::pipeline::cost::LinkCost;
 
 /// Seconds and bytes of all possible stages on some devices, for micro-batches of `rows` rows.

@@ -165,9 +165,9 @@ impl MetalMatrix {
     }
 
     /// The same in the fused step's terms. The buffer is the tensor's, which must be kept.
-    pub fn packed(&self) -> Result<decode::Matrix<Buffer>> {
+    pub fn packed(&self) -> Result<decode::FusedMatrix<Buffer>> {
         let (buffer, offset) = buffer_of(&self.tensor)?;
-        Ok(decode::Matrix { layout: self.layout, buffer, offset })
+        Ok(decode::FusedMatrix { layout: self.layout, buffer, offset })
     }
 
     /// The kernels that multiply it.

@@ -4,12 +4,14 @@ use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
+use half::{bf16, f16};
+use serde::{Deserialize, Serialize};
 
 use crate::device::OpenDevice;
 use crate::error::{Error, Result};
 
-/// The type that activations have on their way. A stage always gets the type that the one before computed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+/// The type that activations have on their way. A CPU stage gets F32 in any case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum WireType {
     /// Exact: holds every F16 and BF16 value too.
     F32,
@@ -27,6 +29,15 @@ impl WireType {
             WireType::F32 => DType::F32,
             WireType::F16 => DType::F16,
             WireType::BF16 => DType::BF16,
+        }
+    }
+
+    fn of(dtype: DType) -> Result<WireType> {
+        match dtype {
+            DType::F32 => Ok(WireType::F32),
+            DType::F16 => Ok(WireType::F16),
+            DType::BF16 => Ok(WireType::BF16),
+            other => Err(Error::Tensors(format!("activations in {} cannot cross a link", other.as_str()))),
         }
     }
 }
@@ -105,6 +116,9 @@ pub struct LinkOptions {
     pub wire_type: Option<WireType>,
     /// Pretends that every link, also one within a device, is this slow.
     pub simulated: Option<SimulatedLink>,
+    /// Encodes every message and its activations to bytes and decodes them at the other end, as a link between machines
+    /// does. Changes no result; it shows that a pipeline needs nothing else, and what that costs.
+    pub as_bytes: bool,
 }
 
 /// The way between two stages, chosen and checked once when the stages start.
@@ -129,26 +143,118 @@ pub enum Route {
     Direct,
     /// Through host memory: candle cannot copy between these devices, or the direct way did not deliver what was sent.
     Host,
+    /// As bytes, which is how they cross a wire.
+    Bytes,
 }
 
-/// Activations on the next stage's device, and when the simulated link has brought them there.
-#[derive(Debug)]
-pub struct Arrival {
-    activations: Tensor,
-    due: Option<Instant>,
+/// A stage's output between two stages.
+#[derive(Debug, Clone)]
+pub enum Activations {
+    /// In the memory of the next stage's device: the way within a process, without a copy where both stages are on one
+    /// device.
+    Tensor(Tensor),
+    /// Plain data, for the way out of the process.
+    Rows(WireRows),
 }
 
-impl Arrival {
-    /// Waits for as long as the simulated link takes.
-    pub fn wait(&self) {
-        if let Some(due) = self.due {
-            std::thread::sleep(due.saturating_duration_since(Instant::now()));
-        }
+/// Rows of activations as plain data.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WireRows {
+    /// Number of rows.
+    pub rows: usize,
+    /// Values of a row: the model's hidden size.
+    pub width: usize,
+    /// Type of the values.
+    pub dtype: WireType,
+    /// The values row by row, little-endian.
+    #[serde(with = "whole")]
+    pub bytes: Vec<u8>,
+}
+
+/// Bytes as one run, not value by value.
+mod whole {
+    use serde::de::{Deserializer, Error, Visitor};
+    use serde::ser::Serializer;
+
+    pub fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_bytes(bytes)
     }
 
-    /// What has arrived.
-    pub fn into_activations(self) -> Tensor {
-        self.activations
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+        struct Bytes;
+
+        impl Visitor<'_> for Bytes {
+            type Value = Vec<u8>;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                f.write_str("bytes")
+            }
+
+            fn visit_bytes<E: Error>(self, bytes: &[u8]) -> Result<Vec<u8>, E> {
+                Ok(bytes.to_vec())
+            }
+
+            fn visit_byte_buf<E: Error>(self, bytes: Vec<u8>) -> Result<Vec<u8>, E> {
+                Ok(bytes)
+            }
+        }
+
+        deserializer.deserialize_byte_buf(Bytes)
+    }
+}
+
+impl WireRows {
+    /// The rows of a tensor (rows, width) on any device.
+    pub fn of(x: &Tensor) -> Result<WireRows> {
+        let (rows, width) = x.dims2()?;
+        let dtype = WireType::of(x.dtype())?;
+        let values = x.to_device(&Device::Cpu)?.flatten_all()?;
+        let bytes = match dtype {
+            WireType::F32 => values.to_vec1::<f32>()?.into_iter().flat_map(f32::to_le_bytes).collect(),
+            WireType::F16 => values.to_vec1::<f16>()?.into_iter().flat_map(f16::to_le_bytes).collect(),
+            WireType::BF16 => values.to_vec1::<bf16>()?.into_iter().flat_map(bf16::to_le_bytes).collect(),
+        };
+        Ok(WireRows { rows, width, dtype, bytes })
+    }
+
+    /// The rows as a tensor (rows, width) on a device, in the type that they have here.
+    fn tensor(&self, device: &Device) -> Result<Tensor> {
+        let &WireRows { rows, width, dtype, ref bytes } = self;
+        let needed = rows.checked_mul(width).and_then(|n| n.checked_mul(dtype.dtype().size_in_bytes()));
+        if needed != Some(bytes.len()) {
+            let found = bytes.len();
+            return Err(Error::Tensors(format!("{found} bytes are not {rows} rows of {width} {dtype:?} activations")));
+        }
+        let shape = (rows, width);
+        Ok(match dtype {
+            WireType::F32 => Tensor::from_vec(little_endian(bytes, f32::from_le_bytes), shape, device)?,
+            WireType::F16 => Tensor::from_vec(little_endian(bytes, f16::from_le_bytes), shape, device)?,
+            WireType::BF16 => Tensor::from_vec(little_endian(bytes, bf16::from_le_bytes), shape, device)?,
+        })
+    }
+}
+
+fn little_endian<T, const N: usize>(bytes: &[u8], value: fn([u8; N]) -> T) -> Vec<T> {
+    bytes.as_chunks().0.iter().map(|bytes| value(*bytes)).collect()
+}
+
+impl Activations {
+    /// As a tensor (rows, hidden_size) on the stage's device: on a CPU in F32, which every type widens to, elsewhere in the
+    /// type that they have. For plain data the caller has the device's turn.
+    pub fn into_tensor(self, device: &Device) -> Result<Tensor> {
+        let x = match self {
+            Activations::Tensor(x) => x,
+            Activations::Rows(rows) => rows.tensor(device)?,
+        };
+        Ok(if device.is_cpu() { x.to_dtype(DType::F32)? } else { x })
+    }
+
+    /// As plain data.
+    pub fn into_rows(self) -> Result<WireRows> {
+        match self {
+            Activations::Tensor(x) => WireRows::of(&x),
+            Activations::Rows(rows) => Ok(rows),
+        }
     }
 }
 
@@ -167,6 +273,12 @@ impl Link {
             staging: Default::default(),
         };
         let (from, to) = (&source.device, &target.device);
+        if options.as_bytes {
+            return match link(Route::Bytes).delivers()? {
+                true => Ok(link(Route::Bytes)),
+                false => Err(no_way(from, to)),
+            };
+        }
         if from.same_device(to) && options.simulated.is_none() {
             return Ok(link(Route::SameDevice));
         }
@@ -175,11 +287,7 @@ impl Link {
         let routes: &[Route] = if direct { &[Route::Direct, Route::Host] } else { &[Route::Host] };
         match first_that_delivers(routes, |route| link(route).delivers()) {
             Some(route) => Ok(link(route)),
-            None => Err(Error::Tensors(format!(
-                "no way from {:?} to {:?} delivers what is sent; leave out one of these devices",
-                from.location(),
-                to.location()
-            ))),
+            None => Err(no_way(from, to)),
         }
     }
 
@@ -195,7 +303,7 @@ impl Link {
         let wire = self.options.wire_type.map_or(DType::F32, WireType::dtype);
         for seed in [1u32, 2] {
             let value = |i: u32| ((i ^ seed << 20).wrapping_mul(2_654_435_761) >> 16) as f32 + 1.0;
-            let pattern = Tensor::from_iter((0..VALUES).map(value), &Device::Cpu)?;
+            let pattern = Tensor::from_iter((0..VALUES).map(value), &Device::Cpu)?.unsqueeze(0)?;
             let wanted = checksum(&pattern.to_dtype(wire)?.to_dtype(DType::F32)?)?;
             let pattern = {
                 let _turn = self.source.turns.take();
@@ -203,38 +311,45 @@ impl Link {
             };
             let carried = self.carry(pattern)?;
             let _turn = self.target.turns.take();
-            if !carried.device().same_device(&self.target.device) || checksum(&carried)? != wanted {
+            let arrived = carried.into_tensor(&self.target.device)?;
+            let here = arrived.device().same_device(&self.target.device);
+            if !here || checksum(&arrived.to_dtype(DType::F32)?)? != wanted {
                 return Ok(false);
             }
         }
         Ok(true)
     }
 
-    /// Brings a stage's output to the next stage's device. Blocks while it is copied, not while a simulated link has it.
-    pub fn send(&self, activations: Tensor) -> Result<Arrival> {
+    /// Takes a stage's output off its device, to the next stage's if the route goes there, and says when a simulated link
+    /// has brought it. Blocks while it is copied, not while a simulated link has it.
+    pub fn depart(&self, output: Tensor) -> Result<(Activations, Option<Instant>)> {
         let due = self.options.simulated.map(|simulated| {
-            let size = self.options.wire_type.map_or(activations.dtype(), WireType::dtype).size_in_bytes();
+            let size = self.options.wire_type.map_or(output.dtype(), WireType::dtype).size_in_bytes();
             let now = Instant::now();
             let start = self.free_at.get().map_or(now, |free_at| free_at.max(now));
-            let sent = later(start, simulated.occupied(activations.elem_count() * size));
+            let sent = later(start, simulated.occupied(output.elem_count() * size));
             self.free_at.set(Some(sent));
             later(sent, simulated.latency)
         });
-        Ok(Arrival { activations: self.carry(activations)?, due })
+        Ok((self.carry(output)?, due))
     }
 
-    fn carry(&self, activations: Tensor) -> Result<Tensor> {
+    fn carry(&self, output: Tensor) -> Result<Activations> {
         if self.route == Route::SameDevice {
-            return Ok(activations);
+            return Ok(Activations::Tensor(output));
         }
-        let computed = activations.dtype();
+        let computed = output.dtype();
         // One device's turn after the other's: two links with one each in hand could wait for each other's for ever.
         let leaving = {
             let _turn = self.source.turns.take();
-            self.leave(activations.to_dtype(self.options.wire_type.map_or(computed, WireType::dtype))?)?
+            let leaving = output.to_dtype(self.options.wire_type.map_or(computed, WireType::dtype))?;
+            if self.route == Route::Bytes {
+                return Ok(Activations::Rows(WireRows::of(&leaving)?));
+            }
+            self.leave(leaving)?
         };
         let _turn = self.target.turns.take();
-        Ok(leaving.to_device(&self.target.device)?.to_dtype(computed)?)
+        Ok(Activations::Tensor(leaving.to_device(&self.target.device)?.to_dtype(computed)?))
     }
 
     /// The part of the way on which the source has something to do.
@@ -276,9 +391,14 @@ fn first_that_delivers(routes: &[Route], delivers: impl Fn(Route) -> Result<bool
     })
 }
 
+fn no_way(from: &Device, to: &Device) -> Error {
+    let (from, to) = (from.location(), to.location());
+    Error::Tensors(format!("no way from {from:?} to {to:?} delivers what is sent; leave out one of these devices"))
+}
+
 /// FNV-1a over the bits of f32 values, in order.
 fn checksum(values: &Tensor) -> Result<u64> {
-    let values = values.to_vec1::<f32>()?;
+    let values = values.flatten_all()?.to_vec1::<f32>()?;
     let mix = |hash: u64, value: &f32| (hash ^ u64::from(value.to_bits())).wrapping_mul(0x0100_0000_01b3);
     Ok(values.iter().fold(0xcbf2_9ce4_8422_2325, mix))
 }
@@ -333,16 +453,17 @@ mod tests {
     }
 
     fn values(tensor: Tensor) -> Vec<f32> {
-        tensor.to_vec1().unwrap()
+        tensor.flatten_all().unwrap().to_vec1().unwrap()
     }
 
     #[test]
     fn stages_on_one_device_hand_the_tensor_over() {
-        let options = LinkOptions { wire_type: Some(WireType::BF16), simulated: None };
+        let options = LinkOptions { wire_type: Some(WireType::BF16), ..LinkOptions::default() };
         let link = Link::new(&cpu(), &cpu(), options).unwrap();
         assert_eq!(link.route(), Route::SameDevice);
         let sent = Tensor::arange(0f32, 6f32, &Device::Cpu).unwrap();
-        assert_eq!(link.send(sent.clone()).unwrap().into_activations().id(), sent.id());
+        let (arrived, due) = link.depart(sent.clone()).unwrap();
+        assert_eq!((arrived.into_tensor(&Device::Cpu).unwrap().id(), due), (sent.id(), None));
     }
 
     #[test]
@@ -368,41 +489,60 @@ mod tests {
     fn a_wire_of_f32_is_exact_and_half_types_round_as_they_say() {
         let slow = SimulatedLink { latency: Duration::ZERO, bandwidth: f64::INFINITY };
         let sent = [0.1f32, -1.0 / 3.0, 1e30, 1e-20, 70_000.0];
-        let carried = |wire_type, dtype| {
-            let options = LinkOptions { wire_type, simulated: Some(slow) };
+        let carried = |wire_type, dtype, as_bytes| {
+            let options = LinkOptions { wire_type, simulated: Some(slow), as_bytes };
             let link = Link::new(&cpu(), &cpu(), options).unwrap();
-            let sent = Tensor::new(&sent, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
-            let arrived = link.send(sent.clone()).unwrap().into_activations();
-            assert_eq!(arrived.dtype(), dtype, "a stage gets the type that the one before computed");
+            let sent = Tensor::new(&[sent], &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+            let arrived = link.depart(sent.clone()).unwrap().0.into_tensor(&Device::Cpu).unwrap();
+            assert_eq!(arrived.dtype(), DType::F32, "what a CPU computes with");
             (values(sent.to_dtype(DType::F32).unwrap()), values(arrived.to_dtype(DType::F32).unwrap()))
         };
-        for (wire_type, dtype) in [
-            (None, DType::F32),
-            (Some(WireType::F32), DType::F32),
-            (Some(WireType::F32), DType::F16),
-            (Some(WireType::F32), DType::BF16),
-        ] {
-            let (sent, arrived) = carried(wire_type, dtype);
-            assert_eq!(sent, arrived, "{wire_type:?} {dtype:?}");
+        for as_bytes in [false, true] {
+            for (wire_type, dtype) in [
+                (None, DType::F32),
+                (None, DType::BF16),
+                (Some(WireType::F32), DType::F32),
+                (Some(WireType::F32), DType::F16),
+                (Some(WireType::F32), DType::BF16),
+            ] {
+                let (sent, arrived) = carried(wire_type, dtype, as_bytes);
+                assert_eq!(sent, arrived, "{wire_type:?} {dtype:?} {as_bytes}");
+            }
+            let rounded = |wire_type| carried(Some(wire_type), DType::F32, as_bytes).1;
+            assert_eq!(rounded(WireType::F16), sent.map(|v| f16::from_f32(v).to_f32()));
+            assert_eq!(rounded(WireType::BF16), sent.map(|v| bf16::from_f32(v).to_f32()));
         }
-        assert_eq!(carried(Some(WireType::F16), DType::F32).1, sent.map(|v| half::f16::from_f32(v).to_f32()));
-        assert_eq!(carried(Some(WireType::BF16), DType::F32).1, sent.map(|v| half::bf16::from_f32(v).to_f32()));
+    }
+
+    #[test]
+    fn rows_of_another_length_than_they_say_are_refused() {
+        let x = Tensor::new(&[[1f32, 2.0, 3.0], [4.0, 5.0, 6.0]], &Device::Cpu).unwrap();
+        let rows = WireRows::of(&x).unwrap();
+        assert_eq!((rows.rows, rows.width, rows.dtype, rows.bytes.len()), (2, 3, WireType::F32, 24));
+        for wrong in [
+            WireRows { rows: 3, ..rows.clone() },
+            WireRows { dtype: WireType::F16, ..rows.clone() },
+            WireRows { rows: usize::MAX, width: usize::MAX, ..rows },
+        ] {
+            let message = wrong.tensor(&Device::Cpu).unwrap_err().to_string();
+            assert!(message.contains("24 bytes are not"), "{message}");
+        }
     }
 
     #[test]
     fn a_simulated_link_delivers_after_latency_and_queues_at_its_bandwidth() {
         let simulated: SimulatedLink = "20, 4e5".parse().unwrap();
         assert_eq!(simulated.occupied(4000), Duration::from_millis(10));
-        let options = LinkOptions { wire_type: None, simulated: Some(simulated) };
+        let options = LinkOptions { simulated: Some(simulated), ..LinkOptions::default() };
         let link = Link::new(&cpu(), &cpu(), options).unwrap();
         let began = Instant::now();
-        let x = Tensor::zeros(1000, DType::F32, &Device::Cpu).unwrap();
-        let arrivals = [link.send(x.clone()).unwrap(), link.send(x).unwrap()];
+        let x = Tensor::zeros((1, 1000), DType::F32, &Device::Cpu).unwrap();
+        let due = [link.depart(x.clone()).unwrap().1, link.depart(x).unwrap().1];
         // A third of what the two occupy the link: sending does not wait for it.
         assert!(began.elapsed() < Duration::from_millis(7), "{:?}", began.elapsed());
-        for (arrival, earliest) in arrivals.iter().zip([30, 40]) {
-            arrival.wait();
-            assert!(began.elapsed() >= Duration::from_millis(earliest));
+        for (due, earliest) in due.into_iter().zip([30, 40]) {
+            let after = due.unwrap() - began;
+            assert!((earliest..earliest + 7).contains(&after.as_millis()), "{after:?}");
         }
     }
 
@@ -410,9 +550,10 @@ mod tests {
     fn a_link_that_hardly_carries_anything_is_not_a_fast_one() {
         for bandwidth in [1e-300, 0.0, f64::NAN] {
             let slow = SimulatedLink { latency: Duration::ZERO, bandwidth };
-            let link = Link::new(&cpu(), &cpu(), LinkOptions { wire_type: None, simulated: Some(slow) }).unwrap();
-            let arrival = link.send(Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap()).unwrap();
-            assert!(arrival.due.unwrap() > Instant::now() + Duration::from_secs(1 << 30), "{bandwidth}");
+            let link =
+                Link::new(&cpu(), &cpu(), LinkOptions { simulated: Some(slow), ..LinkOptions::default() }).unwrap();
+            let (_, due) = link.depart(Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap()).unwrap();
+            assert!(due.unwrap() > Instant::now() + Duration::from_secs(1 << 30), "{bandwidth}");
             assert!(slow.validate().unwrap_err().to_string().contains("byte a second"));
         }
     }

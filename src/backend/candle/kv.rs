@@ -2,23 +2,24 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::config::DecoderConfig;
+use crate::backend::sequences::SequenceState;
 use crate::error::{Error, Result};
-
-/// Keys and values of one layer.
-pub struct LayerKv {
-    keys: Tensor,   // (num_key_value_heads, capacity, head_dim)
-    values: Tensor, // (num_key_value_heads, capacity, head_dim)
-}
+use crate::model::config::DecoderConfig;
 
 /// Keys and values of one sequence in the layers of one stage.
-pub struct SequenceKv {
-    layers: Vec<LayerKv>,
+pub struct TensorKv {
+    layers: Vec<KeysValues>,
     capacity: usize,
     bytes: u64,
 }
 
-impl SequenceKv {
+/// Those of one layer.
+struct KeysValues {
+    keys: Tensor,   // (num_key_value_heads, capacity, head_dim)
+    values: Tensor, // (num_key_value_heads, capacity, head_dim)
+}
+
+impl TensorKv {
     /// Room for `capacity` positions in `layers` layers.
     pub fn new(
         config: &DecoderConfig,
@@ -26,30 +27,30 @@ impl SequenceKv {
         capacity: usize,
         dtype: DType,
         device: &Device,
-    ) -> Result<SequenceKv> {
+    ) -> Result<TensorKv> {
         let shape = (config.num_key_value_heads, capacity, config.head_dim);
         let layers = (0..layers)
             .map(|_| {
-                Ok(LayerKv { keys: Tensor::zeros(shape, dtype, device)?, values: Tensor::zeros(shape, dtype, device)? })
+                Ok(KeysValues {
+                    keys: Tensor::zeros(shape, dtype, device)?,
+                    values: Tensor::zeros(shape, dtype, device)?,
+                })
             })
             .collect::<Result<Vec<_>>>()?;
         let elements = layers.len() * capacity * config.kv_elements_per_token();
-        Ok(SequenceKv { layers, capacity, bytes: (elements * dtype.size_in_bytes()) as u64 })
+        Ok(TensorKv { layers, capacity, bytes: (elements * dtype.size_in_bytes()) as u64 })
     }
 
     /// Positions that there is room for.
+    #[cfg(all(feature = "metal", target_os = "macos"))]
     pub fn capacity(&self) -> usize {
         self.capacity
     }
 
     /// All keys and all values of layer `layer`: (num_key_value_heads, capacity, head_dim) each.
+    #[cfg(all(feature = "metal", target_os = "macos"))]
     pub fn tensors(&self, layer: usize) -> (&Tensor, &Tensor) {
         (&self.layers[layer].keys, &self.layers[layer].values)
-    }
-
-    /// Bytes allocated.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
     }
 
     /// Writes keys and values, (num_key_value_heads, seq, head_dim) each, at `position` of layer `layer`, in the cache's type.
@@ -65,8 +66,15 @@ impl SequenceKv {
         Ok(())
     }
 
-    /// Takes over the first `len` positions of `source`, a sequence of the same layers.
-    pub fn copy_prefix(&mut self, source: &SequenceKv, len: usize) -> Result<()> {
+    /// Views of positions `start..end` of layer `layer`: (num_key_value_heads, end - start, head_dim) each.
+    pub fn view(&self, layer: usize, start: usize, end: usize) -> Result<(Tensor, Tensor)> {
+        let cache = &self.layers[layer];
+        Ok((cache.keys.narrow(1, start, end - start)?, cache.values.narrow(1, start, end - start)?))
+    }
+}
+
+impl SequenceState for TensorKv {
+    fn copy_prefix(&mut self, source: &TensorKv, len: usize) -> Result<()> {
         if len > self.capacity.min(source.capacity) {
             let (capacity, source) = (self.capacity, source.capacity);
             return Err(Error::Tensors(format!(
@@ -80,9 +88,11 @@ impl SequenceKv {
         Ok(())
     }
 
-    /// Views of positions `start..end` of layer `layer`: (num_key_value_heads, end - start, head_dim) each.
-    pub fn view(&self, layer: usize, start: usize, end: usize) -> Result<(Tensor, Tensor)> {
-        let cache = &self.layers[layer];
-        Ok((cache.keys.narrow(1, start, end - start)?, cache.values.narrow(1, start, end - start)?))
+    fn truncate(&mut self, _: usize) -> Result<()> {
+        Ok(()) // what stands behind is written again before it is read
+    }
+
+    fn bytes(&self) -> u64 {
+        self.bytes
     }
 }
