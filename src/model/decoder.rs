@@ -267,8 +267,8 @@ impl Decoder {
         logits = scale(logits, 1.0 / self.config.logits_scaling)?;
         if let Some(cap) = self.config.final_logit_softcapping {
             // Infinite logits become NaN, so that they are refused: a cap would hide them.
-            let lost = (&logits - &logits)?;
-            logits = (soft_cap(&logits, cap)? - lost)?;
+            let lost = (&logits * 0.0)?; // zeros, NaN where a logit is not finite
+            logits = (soft_cap(&logits, cap)? + lost)?;
         }
         Ok(logits)
     }
