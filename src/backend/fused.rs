@@ -145,7 +145,7 @@ pub fn finish_logits(config: &DecoderConfig, mut logits: Vec<f32>) -> Vec<f32> {
     }
     if let Some(cap) = config.final_logit_softcapping.map(|cap| cap as f32) {
         // An infinite logit is not capped but becomes NaN, so that it is refused.
-        logits.iter_mut().for_each(|value| *value = cap * (*value / cap).tanh() - (*value - *value));
+        logits.iter_mut().for_each(|value| *value = cap * (*value / cap).tanh() + *value * 0.0);
     }
     logits
 }

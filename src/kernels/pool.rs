@@ -29,7 +29,11 @@ const STALL: Duration = Duration::from_micros(100);
 const NAP: Duration = Duration::from_micros(20);
 
 /// How long the calling thread computes alone after a pass was held up: at first, and at most.
-const ALONE: [Duration; 2] = [Duration::from_millis(2), Duration::from_millis(128)];
+const ALONE: [Duration; 2] = [Duration::from_millis(4), Duration::from_millis(128)];
+
+/// A pass that is held up this soon after the other threads were asked again is held up by the same cause: some times as
+/// long as a system lets a thread have its core before another has it.
+const AGAIN: Duration = Duration::from_millis(30);
 
 /// Threads that run one piece of work at a time, together with the thread that asks for it.
 pub struct Pool {
@@ -104,7 +108,10 @@ unsafe impl Send for Shared {}
 impl Pool {
     /// Starts `threads - 1` threads; the one that calls [`run`](Self::run) is the last.
     pub fn new(threads: usize) -> std::io::Result<Pool> {
-        assert!(threads <= State::MOST, "{threads} threads in a pool, at most {}", State::MOST);
+        if threads > State::MOST {
+            let most = format!("a pool of {threads} threads, of at most {}", State::MOST);
+            return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, most));
+        }
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
             work: UnsafeCell::new(None),
@@ -240,8 +247,8 @@ impl Stalls {
     fn note(&mut self, now: Instant) {
         let [shortest, longest] = ALONE;
         // Since the other threads were last asked to take part again.
-        let again = self.until.is_some_and(|until| now.saturating_duration_since(until) < self.alone);
-        self.alone = if again { (2 * self.alone).min(longest) } else { shortest };
+        let again = self.until.is_some_and(|until| now.saturating_duration_since(until) < self.alone + AGAIN);
+        self.alone = if again { (4 * self.alone).min(longest) } else { shortest };
     }
 
     /// The pass that was held up is over.
@@ -480,12 +487,12 @@ mod tests {
             now += Duration::from_millis(3);
             assert_eq!(stalls.alone, expected);
             assert!(stalls.is_alone(now + expected - Duration::from_nanos(1)) && !stalls.is_alone(now + expected));
-            now += expected + expected / 2;
-            expected = longest.min(2 * expected);
+            now += expected + AGAIN / 2;
+            expected = longest.min(4 * expected);
         }
         assert_eq!(stalls.alone, longest);
         // After a time without stalls it counts as the first.
-        stalls.note(now + 2 * longest);
+        stalls.note(now + longest + AGAIN);
         assert_eq!(stalls.alone, shortest);
     }
 }

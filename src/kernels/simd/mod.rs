@@ -116,7 +116,7 @@ impl Isa {
     /// # Safety
     /// The kernel's own conditions hold.
     #[inline]
-    pub unsafe fn run<K: Kernel>(self, kernel: K) -> K::Output {
+    pub(crate) unsafe fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self.0 {
             // SAFETY: an `Isa` is one that this CPU has; the kernel's conditions are the caller's.
             #[cfg(target_arch = "x86_64")]
@@ -151,15 +151,15 @@ impl Isa {
     }
 
     /// Runs ordinary code that the compiler may use this instruction set's vectors for. A closure that is too long for it to
-    /// inline gets none, see [`Ordinary`].
+    /// inline gets none, see `Ordinary`.
     #[inline]
-    pub fn compile<R>(self, code: impl FnOnce() -> R) -> R {
+    pub(crate) fn compile<R>(self, code: impl FnOnce() -> R) -> R {
         self.run_ordinary(Short(code))
     }
 
     /// The same, however long the code is.
     #[inline]
-    pub fn run_ordinary<C: Ordinary>(self, code: C) -> C::Output {
+    pub(crate) fn run_ordinary<C: Ordinary>(self, code: C) -> C::Output {
         // SAFETY: ordinary code has no conditions.
         unsafe { self.run(Every(code)) }
     }
