@@ -45,11 +45,14 @@ fn steps() -> [MicroBatch; 2] {
     let tokens = |range: std::ops::Range<u32>| range.map(|i| 1 + i * 7 % 60).collect();
     [
         MicroBatch {
-            slices: vec![slice(1, 0, 20, false, Wanted::Logits), slice(2, 0, 3, false, Wanted::Nothing)],
+            slices: vec![slice(1, 0, 20, false, Wanted::Logits { rows: 1 }), slice(2, 0, 3, false, Wanted::Nothing)],
             tokens: tokens(0..23),
         },
         MicroBatch {
-            slices: vec![slice(1, 20, 1, true, Wanted::Logits), slice(2, 3, 4, false, Wanted::Logits)],
+            slices: vec![
+                slice(1, 20, 1, true, Wanted::Logits { rows: 1 }),
+                slice(2, 3, 4, false, Wanted::Logits { rows: 1 }),
+            ],
             tokens: tokens(40..45),
         },
     ]
@@ -170,7 +173,7 @@ fn both_backends_refuse_tokens_that_the_table_lacks() {
     for mut backend in [candle(&source), source.load(&|_| {}).unwrap()] {
         backend.open(SequenceId(1), 8).unwrap();
         let mut step = |tokens: Vec<u32>| {
-            let slices = vec![slice(1, 0, tokens.len(), false, Wanted::Logits)];
+            let slices = vec![slice(1, 0, tokens.len(), false, Wanted::Logits { rows: 1 })];
             backend.forward(&MicroBatch { slices, tokens }, None, &mut Watch::off())
         };
         let error = step(vec![1, vocab_size as u32]).unwrap_err().to_string();
@@ -188,7 +191,7 @@ fn both_backends_refuse_input_that_is_not_theirs() {
         let (mut first, mut last): (Box<dyn StageBackend>, Box<dyn StageBackend>) = (load(&first), load(&last));
         let step = |stage: &mut Box<dyn StageBackend>, input: Option<Tensor>| {
             stage.open(SequenceId(1), 8).unwrap();
-            let slices = vec![slice(1, 0, 2, false, Wanted::Logits)];
+            let slices = vec![slice(1, 0, 2, false, Wanted::Logits { rows: 1 })];
             stage.forward(&MicroBatch { slices, tokens: vec![1, 2] }, input, &mut Watch::off())
         };
         let wrong = [
