@@ -1,9 +1,8 @@
 //! Figures of real runs.
 
 mod common;
-#[path = "../examples/common/instruments.rs"]
-#[allow(dead_code)] // the examples use all of it
-mod instruments;
+#[path = "../examples/common/mod.rs"]
+mod examples;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -16,6 +15,7 @@ use candle_pipeline::instrument::metrics::{
 };
 use candle_pipeline::{DEMO_MODEL, ExecutorOptions, GenerationOptions, HeterogeneousPipelineExecutor};
 use common::{executor_with, greedy};
+use examples::instruments;
 
 async fn measured(options: MetricsOptions) -> (HeterogeneousPipelineExecutor, Arc<Metrics>) {
     let (collector, metrics) = Metrics::start(options).unwrap();
