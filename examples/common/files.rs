@@ -29,7 +29,7 @@ fn bounded(input: impl Read) -> Result<String> {
     let mut bytes = Vec::new();
     input.take(MOST_TEXT + 1).read_to_end(&mut bytes)?;
     ensure!(bytes.len() as u64 <= MOST_TEXT, "longer than {} MiB", MOST_TEXT >> 20);
-    Ok(String::from_utf8(bytes).context("not text in UTF-8")?)
+    String::from_utf8(bytes).context("not text in UTF-8")
 }
 
 /// A file that a program writes at its end. What is there must be an earlier output of the same kind, or empty: a name that
