@@ -50,6 +50,24 @@ TOOLS = [
     },
     {"type": "function", "function": {"name": "now", "description": "The time", "parameters": {"type": "object", "properties": {}}}},
 ]
+SIMPLE = [
+    {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "description": "Adds <numbers>",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "a": {"type": "integer", "description": "The first"},
+                    "b": {"type": "array", "items": {"type": "number"}, "description": "More"},
+                },
+                "required": ["a"],
+            },
+            "return": {"type": "number", "description": "The sum"},
+        },
+    }
+]
 DOCUMENTS = [{"title": "A", "text": "First text."}, {"title": "B & C", "text": "Second\ntext."}]
 ARGUMENTS = {"location": "Zürich", "days": 2, "options": {"unit": "°C"}, "flag": True, "none": None, "x": 1.5, "list": [1, "a"]}
 
@@ -98,6 +116,9 @@ CONVERSATIONS = {
 OPTIONS = [
     {},
     {"tools": TOOLS},
+    {"tools": SIMPLE, "functions": json.dumps(SIMPLE), "datetime": "now", "strict_tool_use": True},
+    # Command R's template wants tools without a schema.
+    {"tools": [{"name": "look", "description": "Looks", "parameter_definitions": {"q": {"type": "str", "description": "Q", "required": True}}}]},
     {"documents": DOCUMENTS},
     {"enable_thinking": True, "thinking": True, "reasoning_effort": "high"},
     {"enable_thinking": False, "thinking": False, "tools": TOOLS[:1]},
