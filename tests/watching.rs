@@ -284,7 +284,13 @@ async fn a_cancelled_step_has_not_failed_when_the_executor_goes() {
     meddling.delay_ms.store(50, Ordering::SeqCst);
     let mut stream = executor.infer_stream(PROMPT.to_vec(), 100_000, 0.0, 1.0);
     stream.next().await.unwrap().unwrap();
-    // The next step is in a stage by now, or will be.
+    let sent = |event: &&Event| matches!(event, Event::StepSent { .. });
+    let under_way = async {
+        while all.events().iter().filter(sent).count() < 2 {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(60), under_way).await.unwrap();
     drop(stream);
     drop(executor);
     let events = all.events();
