@@ -213,8 +213,8 @@ impl LayerOps for CandleStep<'_> {
         let mut logits = scale(logits.to_dtype(DType::F32)?, 1.0 / config.logits_scaling)?; // (rows, vocab_size)
         if let Some(cap) = config.final_logit_softcapping {
             // Infinite logits become NaN, so that they are refused: a cap would hide them.
-            let lost = (&logits - &logits)?;
-            logits = (soft_cap(&logits, cap)? - lost)?;
+            let lost = (&logits * 0.0)?; // zeros, NaN where a logit is not finite
+            logits = (soft_cap(&logits, cap)? + lost)?;
         }
         Ok(logits.to_vec2()?.into_iter().map(Prediction::Logits).collect())
     }
