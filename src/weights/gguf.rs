@@ -573,7 +573,7 @@ fn read_tensors(reader: &mut Reader<'_>, count: u64) -> Result<Vec<TensorInfo>> 
     unsupported.map_or(Ok(tensors), Err)
 }
 
-/// Reads little endian values off the mapped bytes. `what` says in errors what was being read.
+/// Reads little endian values from the file's first bytes. `what` says in errors what was being read.
 struct Reader<'a> {
     path: &'a Path,
     /// The file's first bytes.

@@ -106,6 +106,16 @@ impl<'t> Evaluator<'t> {
         captured.into_text()
     }
 
+    /// The text that a body prints, and how the body ends.
+    fn capture_body(&mut self, scoped: &Scoped, inner: &Rc<Frame>) -> Result<(Text, Flow)> {
+        let mut flow = Flow::Next;
+        let text = self.capture(|this| {
+            flow = this.run(&scoped.body, inner)?;
+            Ok(())
+        })?;
+        Ok((text, flow))
+    }
+
     /// A frame for a scope, its variables as they are at first.
     fn enter(&self, slots: &[Slot], parent: Option<&Rc<Frame>>) -> Result<Rc<Frame>> {
         limits::step(1 + slots.len())?;
@@ -199,11 +209,7 @@ impl<'t> Evaluator<'t> {
         match stmt {
             StmtKind::AssignBlock { target, filter, scoped, export } => {
                 let inner = self.enter(&scoped.slots, Some(frame))?;
-                let mut flow = Flow::Next;
-                let text = self.capture(|this| {
-                    flow = this.run(&scoped.body, &inner)?;
-                    Ok(())
-                })?;
+                let (text, flow) = self.capture_body(scoped, &inner)?;
                 if flow != Flow::Next {
                     return Ok(flow);
                 }
@@ -223,11 +229,7 @@ impl<'t> Evaluator<'t> {
             }
             StmtKind::FilterBlock { filter, scoped } => {
                 let inner = self.enter(&scoped.slots, Some(frame))?;
-                let mut flow = Flow::Next;
-                let text = self.capture(|this| {
-                    flow = this.run(&scoped.body, &inner)?;
-                    Ok(())
-                })?;
+                let (text, flow) = self.capture_body(scoped, &inner)?;
                 if flow != Flow::Next {
                     return Ok(flow);
                 }
